@@ -1,0 +1,471 @@
+"""Meta Weight Transformer (MWT): classify an image by the weights of the small network that represents it.
+
+Gielisse & van Gemert, "End-to-End Implicit Neural Representations for Classification", CVPR 2025.
+
+A SIREN maps a coordinate to a colour: coords -> sine layers -> head -> pixel. For every image the same learned
+initialisation is adapted by K steps of gradient descent on that image's reconstruction error, with a learned step size
+for every parameter and every step. What the K steps changed, the weights' offsets, becomes a sequence of tokens, one
+per neuron, and a Transformer classifies them. Training goes through the adaptation: initialisation, step sizes and
+Transformer learn together, so that a few steps suffice to draw the image and the offsets tell its class.
+
+The K gradients are written out below (`inner_step`): backpropagation through a sine MLP is a dozen lines. The whole
+training step is thus an ordinary forward graph with a single `backward()`, without second-order differentiation.
+
+    symbol    shape                     meaning
+    N P C     -                         images, points (pixels) of one image, colour channels
+    D L K     -                         width of the SIREN, its hidden layers D -> D, inner steps
+    coords    (P, 2) or (N, P, 2)       row and column, each from -1 to 1
+    pixels    (N, P, C)                 colours at coords, from -1 to 1
+    weights   L+1 arrays (N, in+1, D)   one sine layer each: the kernel, and the bias as its last row
+    head      (D+1, C)                  last, linear layer, the same for all images: kernel, bias
+    tokens    (N, L*D, D+1)             one per neuron of the L hidden layers: offsets of its incoming weights and bias
+"""
+
+import math
+import os
+
+os.environ.setdefault("KERAS_BACKEND", "torch")
+
+import keras
+import torch
+from keras import ops
+
+# Hyperparameters of the paper; the settings that it names differ from it in one entry each.
+PAPER = dict(
+    dim=128,               # D, also the Transformer's width
+    depth=4,               # L
+    omega=10.0,            # frequency of the first layer; the paper takes 30 for Imagenette and ImageNet
+    inner_steps=6,         # K
+    shared_step_sizes=False,  # True: one set of step sizes for all steps
+    subsample=1.0,         # part of the points that each inner step sees in training; the paper: 0.1 on Imagenette
+    blocks=10,             # of the Transformer
+    mlp_ratio=1,           # hidden width of its MLPs, in D
+    token_scale=500.0,     # offsets are small: this brings tokens to the order of 1
+    task_weight=0.01,      # part of the classifier's gradient that reaches the SIREN and the step sizes
+    siren_rate=1e-4,       # peak learning rates of the three groups
+    step_size_rate=1e-2,
+    classifier_rate=1e-4,
+    warmup=0.05,           # part of all steps in which the rates rise
+    weight_decay=1e-4,
+    clip_norm=1.0,         # of the gradient of each group
+    batch_size=16,
+    epochs=10,             # MNIST, Fashion-MNIST, CIFAR-10; 40 for Imagenette and ImageNet
+)
+PRESETS = {
+    # The best accuracy on MNIST within 15 minutes on two CPU cores, found on held-out training images.
+    "quick": {**PAPER, "dim": 64, "depth": 1, "inner_steps": 3, "subsample": 0.25, "blocks": 4, "task_weight": 1.0,
+              "siren_rate": 2e-3, "classifier_rate": 1e-3, "batch_size": 32, "epochs": 6},
+    "paper": PAPER,                                      # MWT
+    "paper-large": {**PAPER, "dim": 256},                # MWT-L
+    "paper-wide": {**PAPER, "mlp_ratio": 4},             # MWT-W
+    "paper-separate": {**PAPER, "task_weight": 0.0},     # WT-sim
+}
+
+
+# ---- The SIREN, and its gradient written out ----
+
+
+def coordinates(height, width, dtype="float32"):
+    """Grid of pixel centres on [-1, 1]², rows first: (height * width, 2), each point (row, column)."""
+    rows, columns = ops.linspace(-1.0, 1.0, height, dtype=dtype), ops.linspace(-1.0, 1.0, width, dtype=dtype)
+    return ops.reshape(ops.stack(ops.meshgrid(rows, columns, indexing="ij"), axis=-1), (-1, 2))
+
+
+def affine(inputs, matrix):
+    """inputs (…, P, in) times the kernel of matrix (…, in+1, out), plus the bias in its last row: (…, P, out)."""
+    return ops.matmul(inputs, matrix[..., :-1, :]) + matrix[..., -1:, :]
+
+
+def render(weights, head, coords, omega):
+    """The SIREN: colours (N, P, C) at coords; arguments as in the table at the top, omega scales the first layer.
+
+    sin(omega * (coords W0 + b0)), then sin(h W + b) per hidden layer, then the head, as published.
+    """
+    hidden = ops.sin(affine(coords, omega * weights[0]))
+    for matrix in weights[1:]:
+        hidden = ops.sin(affine(hidden, matrix))
+    return affine(hidden, head)
+
+
+class SinCos(torch.autograd.Function):
+    """sin(x) and cos(x) at once. Each is the other's derivative, so backward needs neither x nor new sines."""
+
+    @staticmethod
+    def forward(ctx, x):
+        sin, cos = torch.sin(x), torch.cos(x)
+        ctx.save_for_backward(sin, cos)
+        return sin, cos
+
+    @staticmethod
+    def backward(ctx, grad_sin, grad_cos):
+        sin, cos = ctx.saved_tensors
+        return torch.addcmul(grad_sin * cos, grad_cos, sin, value=-1.0)
+
+
+def inner_step(weights, step_sizes, head, coords, pixels, omega):
+    """One step of gradient descent on the mean squared error of each image, the step sizes being elementwise factors.
+
+    Before the first step all images share their weights, which then have no axis N: they broadcast, and what all
+    images share is computed once.
+
+    Returns the new weights and the error (N,) of the old ones. (Paper: inner loop of Algorithm 1.)
+    """
+    inputs, slopes = [coords], []
+    for layer, matrix in enumerate(weights):
+        hidden, slope = SinCos.apply(affine(inputs[-1], omega * matrix if layer == 0 else matrix))
+        inputs.append(hidden)
+        slopes.append(slope)
+    residual = affine(inputs[-1], head) - pixels                                   # (N, P, C)
+
+    points, channels = pixels.shape[-2:]
+    delta = ops.matmul(residual * (2.0 / (points * channels)), ops.transpose(head[:-1]))  # d error / d hidden
+    adapted = []
+    for layer in reversed(range(len(weights))):
+        delta = delta * slopes[layer]                                              # (N, P, D) d error / d affine
+        kernel_gradient = ops.matmul(ops.swapaxes(inputs[layer], -2, -1), delta)   # (N, in, D)
+        bias_gradient = ops.sum(delta, axis=-2, keepdims=True)                     # (N, 1, D)
+        gradient = ops.concatenate([kernel_gradient, bias_gradient], axis=-2)
+        rate = omega * step_sizes[layer] if layer == 0 else step_sizes[layer]
+        adapted.insert(0, weights[layer] - rate * gradient)
+        if layer > 0:
+            delta = ops.matmul(delta, ops.swapaxes(weights[layer][..., :-1, :], -2, -1))
+    return adapted, ops.mean(ops.square(residual), axis=(-2, -1))
+
+
+def inner_loop(weights, step_sizes, head, samples, omega):
+    """K inner steps, a pure function.
+
+    step_sizes: K lists like weights. samples: K+1 pairs (coords, pixels), the last for the error after the last step.
+    Returns the adapted weights and the errors (K+1, N) before the first and after each step.
+    """
+    errors = []
+    for rates, (coords, pixels) in zip(step_sizes, samples):
+        weights, error = inner_step(weights, rates, head, coords, pixels, omega)
+        errors.append(error)
+    coords, pixels = samples[-1]
+    errors.append(ops.mean(ops.square(render(weights, head, coords, omega) - pixels), axis=(-2, -1)))
+    return weights, ops.stack(errors)
+
+
+@keras.saving.register_keras_serializable("mwt")
+class MetaSiren(keras.layers.Layer):
+    """Learned initialisation, step sizes and head of the SIREN; adapts them to images.
+
+    Initial values are the published ones: first kernel U(±1/2), hidden kernels U(±sqrt(6/D)), biases 0; step sizes
+    U(0.1, 1); head U(±1/sqrt(D)), times a scale per channel that starts at 0.1.
+    """
+
+    def __init__(self, channels, dim, depth, omega, inner_steps, shared_step_sizes, subsample, **kwargs):
+        super().__init__(**kwargs)
+        self.channels, self.dim, self.depth, self.omega = channels, dim, depth, omega
+        self.inner_steps, self.shared_step_sizes, self.subsample = inner_steps, shared_step_sizes, subsample
+        self.seed_generator = keras.random.SeedGenerator()  # its state is saved with the weights
+        self.inner_loop = inner_loop  # or its compiled form
+
+    def build(self, input_shape):
+        uniform = keras.initializers.RandomUniform
+        sets = 1 if self.shared_step_sizes else self.inner_steps
+        self.initial, self.step_sizes = [], []  # two groups of variables, one optimizer each
+        for layer in range(self.depth + 1):
+            limit, inputs = (math.sqrt(6 / self.dim), self.dim) if layer else (1 / 2, 2)
+
+            def initializer(shape, dtype=None, kernel=uniform(-limit, limit)):
+                return ops.concatenate([kernel((shape[0] - 1, shape[1]), dtype), ops.zeros((1, shape[1]), dtype)])
+
+            shape = (inputs + 1, self.dim)
+            self.initial.append(self.add_weight(shape=shape, initializer=initializer, name=f"initial_{layer}"))
+            self.step_sizes.append(self.add_weight(shape=(sets, *shape), initializer=uniform(0.1, 1.0),
+                                                   name=f"step_sizes_{layer}"))
+        limit = 1 / math.sqrt(self.dim)
+        self.head = self.add_weight(shape=(self.dim + 1, self.channels), initializer=uniform(-limit, limit),
+                                    name="head")
+        self.head_scale = self.add_weight(shape=(self.channels,), initializer=keras.initializers.Constant(0.1),
+                                          name="head_scale")
+        self.built = True
+
+    def parameters_for(self, steps):
+        """Initial weights, head with its scale, and the step sizes of `steps` inner steps, as tensors."""
+        if steps > self.inner_steps and not self.shared_step_sizes:
+            raise ValueError(f"{steps} inner steps need step sizes for each, this model has {self.inner_steps} sets: "
+                             f"take at most {self.inner_steps} steps, or train with shared_step_sizes=True")
+        rates = [[matrix[0 if self.shared_step_sizes else step] for matrix in self.step_sizes] for step in range(steps)]
+        return [ops.convert_to_tensor(matrix) for matrix in self.initial], self.head * self.head_scale, rates
+
+    def sample_points(self, images, training):
+        """K+1 pairs (coords, pixels): in training a new random part of the points for each image and pair, else all."""
+        count, height, width, channels = images.shape
+        coords = coordinates(height, width, self.dtype)
+        pixels = ops.reshape(images, (count, -1, channels))
+        points = max(1, round(self.subsample * height * width))
+        if not training or points == height * width:
+            return [(coords, pixels)] * (self.inner_steps + 1)
+        samples = []
+        for _ in range(self.inner_steps + 1):
+            # The first of a random order: drawn without replacement.
+            order = ops.argsort(keras.random.uniform((count, height * width), seed=self.seed_generator), axis=-1)
+            chosen = order[:, :points]
+            samples.append((ops.take(coords, chosen, axis=0), ops.take_along_axis(pixels, chosen[..., None], axis=1)))
+        return samples
+
+    def call(self, images, training=False):
+        """images (N, H, W, C) in [-1, 1] -> tokens (N, L*D, D+1), errors (K+1, N)."""
+        weights, head, rates = self.parameters_for(self.inner_steps)
+        samples = self.sample_points(images, training)
+        adapted, errors = self.inner_loop(weights, rates, head, samples, self.omega)
+        return tokens_of(adapted, weights), errors
+
+    def compute_output_shape(self, input_shape):
+        return (input_shape[0], self.depth * self.dim, self.dim + 1), (self.inner_steps + 1, input_shape[0])
+
+
+def tokens_of(adapted, initial):
+    """Offsets of all hidden layers as tokens: token l*D + j holds what changed in the weights into neuron j of hidden
+    layer l, its bias last. The first layer is left out, as published."""
+    return ops.concatenate([ops.swapaxes(new - old, -2, -1) for new, old in zip(adapted[1:], initial[1:])], axis=1)
+
+
+# ---- The Transformer ----
+
+
+def linear(inputs, units, **kwargs):
+    """Dense layer initialised as in the published code (PyTorch's default): kernel and bias U(±1/sqrt(inputs))."""
+    uniform = keras.initializers.RandomUniform(-1 / math.sqrt(inputs), 1 / math.sqrt(inputs))
+    return keras.layers.Dense(units, kernel_initializer=uniform, bias_initializer=uniform.clone(), **kwargs)
+
+
+@keras.saving.register_keras_serializable("mwt")
+class Block(keras.layers.Layer):
+    """x + scale * attention(norm(x)), then x + scale * mlp(norm(x)); the scales are per channel and start at 0.1."""
+
+    def __init__(self, dim, mlp_ratio, **kwargs):
+        super().__init__(**kwargs)
+        self.dim, self.heads = dim, max(1, dim // 64)  # heads of 64
+        dtype = self.dtype_policy
+        self.norm1 = keras.layers.LayerNormalization(epsilon=1e-5, dtype=dtype)
+        self.qkv = linear(dim, 3 * dim, use_bias=False, dtype=dtype)
+        self.project = linear(dim, dim, dtype=dtype)
+        self.norm2 = keras.layers.LayerNormalization(epsilon=1e-5, dtype=dtype)
+        self.expand = linear(dim, mlp_ratio * dim, activation="gelu", dtype=dtype)
+        self.reduce = linear(mlp_ratio * dim, dim, dtype=dtype)
+
+    def build(self, input_shape):
+        for layer in (self.norm1, self.qkv, self.project, self.norm2, self.expand):
+            layer.build(input_shape)
+        self.reduce.build((*input_shape[:-1], self.expand.units))
+        start = keras.initializers.Constant(0.1)
+        self.scale1 = self.add_weight(shape=(self.dim,), initializer=start, name="scale1")
+        self.scale2 = self.add_weight(shape=(self.dim,), initializer=start, name="scale2")
+        self.built = True
+
+    def call(self, x):
+        count, tokens, dim = x.shape
+        qkv = ops.reshape(self.qkv(self.norm1(x)), (count, tokens, 3, self.heads, dim // self.heads))
+        attended = ops.dot_product_attention(*ops.unstack(qkv, axis=2))
+        x = x + self.scale1 * self.project(ops.reshape(attended, (count, tokens, dim)))
+        return x + self.scale2 * self.reduce(self.expand(self.norm2(x)))
+
+
+@keras.saving.register_keras_serializable("mwt")
+class WeightTransformer(keras.layers.Layer):
+    """tokens (N, T, D+1) -> logits (N, num_classes): add a learned base, scale, embed, attend, average, classify."""
+
+    def __init__(self, num_classes, dim, blocks, mlp_ratio, token_scale, **kwargs):
+        super().__init__(**kwargs)
+        self.num_classes, self.token_scale = num_classes, token_scale
+        self.embed = linear(dim + 1, dim, dtype=self.dtype_policy)
+        self.blocks = [Block(dim, mlp_ratio, dtype=self.dtype_policy) for _ in range(blocks)]
+        self.classify = linear(dim, num_classes, dtype=self.dtype_policy)
+
+    def build(self, input_shape):
+        self.base = self.add_weight(shape=input_shape[1:], initializer="zeros", name="base")  # tells tokens apart
+        self.embed.build(input_shape)
+        embedded = (*input_shape[:-1], self.embed.units)
+        for block in self.blocks:
+            block.build(embedded)
+        self.classify.build((input_shape[0], self.embed.units))
+        self.built = True
+
+    def call(self, tokens):
+        x = self.embed(self.token_scale * (tokens + self.base))
+        for block in self.blocks:
+            x = block(x)
+        return self.classify(ops.mean(x, axis=1))
+
+    def compute_output_shape(self, input_shape):
+        return (input_shape[0], self.num_classes)
+
+
+# ---- Training ----
+
+
+@keras.saving.register_keras_serializable("mwt")
+class OneCycle(keras.optimizers.schedules.LearningRateSchedule):
+    """One-cycle schedule: the rate rises from peak/25 to peak during `warmup`, then falls to peak/250,000; both along
+    half a cosine. `beta_1` moves against it, from 0.95 to 0.85 and back. (Smith & Topin, arXiv:1708.07120; the values
+    are PyTorch's defaults, which the published code trains with.)"""
+
+    def __init__(self, peak, total_steps, warmup):
+        self.peak, self.total_steps, self.warmup = peak, total_steps, warmup
+
+    def _rising_and_height(self, step):
+        """Whether the rate still rises, and how far between its lowest (0) and its peak (1) it is."""
+        step = ops.cast(step, "float32")
+        top, end = max(self.warmup * self.total_steps - 1, 1e-3), self.total_steps - 1
+        way = ops.where(step < top, step / top, 1 + (step - top) / max(end - top, 1e-3))  # 0 start, 1 peak, 2 end
+        return way < 1, (1 - ops.cos(math.pi * ops.minimum(way, 2.0))) / 2
+
+    def __call__(self, step):
+        rising, height = self._rising_and_height(step)
+        lowest = ops.where(rising, self.peak / 25, self.peak / 250_000)
+        return lowest + (self.peak - lowest) * height
+
+    def beta_1(self, step):
+        return 0.95 - 0.1 * float(self._rising_and_height(step)[1])
+
+    def get_config(self):
+        return {"peak": self.peak, "total_steps": self.total_steps, "warmup": self.warmup}
+
+
+@keras.saving.register_keras_serializable("mwt")
+class MWT(keras.Model):
+    """Images (N, H, W, C), `float32` in [-1, 1] -> logits (N, num_classes).
+
+    The arguments are explained in `PAPER`. H and W are free, and may differ between training and use. `dtype` is the
+    policy of the Transformer ("mixed_bfloat16" is fine); the SIREN keeps to its variables' type, because in bfloat16
+    the inner loop's gradients are off by tens of percent.
+
+    Metrics: loss = mse + cross entropy; mse, the reconstruction's mean squared error after the last inner step (on the
+    scale of [-1, 1]); psnr, the mean over images of 10 log10(4 / mse), in dB; accuracy.
+    """
+
+    def __init__(self, channels=1, num_classes=10, dim=128, depth=4, omega=10.0, inner_steps=6, shared_step_sizes=False,
+                 subsample=1.0, blocks=10, mlp_ratio=1, token_scale=500.0, task_weight=0.01, dtype=None, **kwargs):
+        policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
+        super().__init__(dtype=policy.variable_dtype, **kwargs)
+        self.config = dict(channels=channels, num_classes=num_classes, dim=dim, depth=depth, omega=omega,
+                           inner_steps=inner_steps, shared_step_sizes=shared_step_sizes, subsample=subsample,
+                           blocks=blocks, mlp_ratio=mlp_ratio, token_scale=token_scale, task_weight=task_weight,
+                           dtype=policy.name)
+        if dim > 64 and dim % 64:
+            raise ValueError(f"dim must be a multiple of 64, or at most 64, for attention heads of 64; it is {dim}")
+        if not 0 < subsample <= 1:
+            raise ValueError(f"subsample is the part of the points to use, above 0 and at most 1; it is {subsample}")
+        if min(channels, num_classes, dim, depth, inner_steps, blocks, mlp_ratio) < 1:
+            raise ValueError("channels, num_classes, dim, depth, inner_steps, blocks and mlp_ratio must be at least 1")
+        self.task_weight = task_weight
+        self.siren = MetaSiren(channels, dim, depth, omega, inner_steps, shared_step_sizes, subsample,
+                               dtype=policy.variable_dtype)
+        self.classifier = WeightTransformer(num_classes, dim, blocks, mlp_ratio, token_scale, dtype=policy)
+        self.input_spec = keras.layers.InputSpec(ndim=4, axes={-1: channels})
+        self.loss_tracker = keras.metrics.Mean(name="loss")
+        self.mse_tracker = keras.metrics.Mean(name="mse")
+        self.psnr_tracker = keras.metrics.Mean(name="psnr")
+        self.accuracy_tracker = keras.metrics.SparseCategoricalAccuracy(name="accuracy")
+
+    def build(self, input_shape):
+        self.siren.build(input_shape)
+        self.classifier.build(self.siren.compute_output_shape(input_shape)[0])
+        self.built = True
+
+    def call(self, images, training=False):
+        tokens, _ = self.siren(images, training=training)
+        return self.classifier(tokens)
+
+    def reconstruct(self, images, steps=None, size=None):
+        """What the SIREN shows before the first and after each inner step.
+
+        images: (N, H, W, C) in [-1, 1]. steps: K unless given; more than K need shared step sizes.
+        size: (height, width) of the result, any, since the SIREN is a function of continuous coordinates; None: H, W.
+        Returns a `float32` array (N, steps+1, height, width, C). Raises ValueError where step sizes are missing.
+        """
+        with torch.no_grad():
+            images = ops.convert_to_tensor(images, self.siren.dtype)
+            count, height, width, channels = images.shape
+            pixels, coords = ops.reshape(images, (count, -1, channels)), coordinates(height, width)
+            weights, head, rates = self.siren.parameters_for(self.siren.inner_steps if steps is None else steps)
+            height, width = size or (height, width)
+            grid, omega = coordinates(height, width), self.siren.omega
+            first = render(weights, head, grid, omega)  # the same for all images
+            stages = [ops.broadcast_to(first, (count, *first.shape))]
+            for rate in rates:
+                weights, _ = inner_step(weights, rate, head, coords, pixels, omega)
+                stages.append(render(weights, head, grid, omega))
+            stages = ops.stack(stages, axis=1)
+            return ops.convert_to_numpy(ops.reshape(stages, (count, -1, height, width, channels)))
+
+    def compile(self, total_steps, siren_rate=1e-4, step_size_rate=1e-2, classifier_rate=1e-4, warmup=0.05,
+                weight_decay=1e-4, clip_norm=1.0, jit_compile=False):
+        """One AdamW per group of variables, on the one-cycle schedule over total_steps training steps.
+
+        The rates are the schedule's peaks, clip_norm bounds each group's gradient. jit_compile compiles the inner loop,
+        a pure function, with `torch.compile`: minutes at the start, for shorter steps.
+        """
+        super().compile(optimizer=None, jit_compile=False)
+        self.compile_config = dict(total_steps=total_steps, siren_rate=siren_rate, step_size_rate=step_size_rate,
+                                   classifier_rate=classifier_rate, warmup=warmup, weight_decay=weight_decay,
+                                   clip_norm=clip_norm, jit_compile=jit_compile)
+        if jit_compile:
+            self.siren.inner_loop = torch.compile(inner_loop, fullgraph=True)
+        self.siren_optimizer, self.step_size_optimizer, self.classifier_optimizer = (
+            keras.optimizers.AdamW(OneCycle(peak, total_steps, warmup), weight_decay=weight_decay, epsilon=1e-8,
+                                   global_clipnorm=clip_norm, name=name)
+            for peak, name in ((siren_rate, "siren_adamw"), (step_size_rate, "step_size_adamw"),
+                               (classifier_rate, "classifier_adamw")))
+        if self.built:
+            self.build_optimizers()
+
+    def optimizer_groups(self):
+        """Pairs of an optimizer and the variables that it alone updates."""
+        siren = self.siren
+        return ((self.siren_optimizer, [*siren.initial, siren.head, siren.head_scale]),
+                (self.step_size_optimizer, siren.step_sizes),
+                (self.classifier_optimizer, self.classifier.trainable_variables))
+
+    def build_optimizers(self):
+        for optimizer, variables in self.optimizer_groups():
+            optimizer.build(variables)
+
+    def losses(self, images, labels, sample_weight=None, training=False):
+        """logits (N, num_classes), reconstruction errors (N,) after the last step, mean cross entropy."""
+        tokens, errors = self.siren(images, training=training)
+        # The classifier's gradient passes to the SIREN times task_weight; the classifier gets it whole.
+        tokens = self.task_weight * tokens + (1 - self.task_weight) * ops.stop_gradient(tokens)
+        logits = ops.cast(self.classifier(tokens), "float32")
+        cross_entropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)(labels, logits, sample_weight)
+        return logits, errors[-1], cross_entropy
+
+    def train_step(self, data):
+        images, labels, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        logits, errors, cross_entropy = self.losses(images, labels, sample_weight, training=True)
+        self.zero_grad()
+        (ops.mean(errors) + cross_entropy).backward()
+        with torch.no_grad():
+            for optimizer, variables in self.optimizer_groups():
+                optimizer.beta_1 = optimizer._learning_rate.beta_1(optimizer.iterations)
+                optimizer.apply([variable.value.grad for variable in variables], variables)
+            return self.update_metrics(labels, logits, errors, cross_entropy, sample_weight)
+
+    def test_step(self, data):
+        images, labels, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        return self.update_metrics(labels, *self.losses(images, labels, sample_weight), sample_weight)
+
+    def update_metrics(self, labels, logits, errors, cross_entropy, sample_weight):
+        count = logits.shape[0]
+        self.loss_tracker.update_state(ops.mean(errors) + cross_entropy, sample_weight=count)
+        self.mse_tracker.update_state(errors)
+        self.psnr_tracker.update_state(10 * ops.log10(4 / errors))
+        self.accuracy_tracker.update_state(labels, logits, sample_weight)
+        return self.get_metrics_result()
+
+    @property
+    def metrics(self):
+        return [self.loss_tracker, self.mse_tracker, self.psnr_tracker, self.accuracy_tracker]
+
+    def get_config(self):
+        return {"name": self.name, **self.config}
+
+    def get_compile_config(self):
+        return self.compile_config if self.compiled else {}
+
+    def compile_from_config(self, config):
+        self.compile(**config)

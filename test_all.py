@@ -1,0 +1,649 @@
+"""`pytest test_all.py`: no network, no GPU. What a test compares with comes from elsewhere: autograd's double backward,
+float64, a plain loop, PyTorch's own layers, a closed formula."""
+
+import csv
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+os.environ.setdefault("KERAS_BACKEND", "torch")
+
+import keras
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+import data
+import mwt
+import train
+
+HERE = pathlib.Path(__file__).parent
+TINY = ["--dim", "16", "--depth", "2", "--inner-steps", "2", "--blocks", "1", "--batch-size", "16", "--epochs", "1",
+        "--validation-images", "20", "--limit", "64"]
+
+
+def run_python(*arguments, cwd=HERE, **environment):
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
+                          env={**os.environ, **environment}, timeout=240)
+
+
+def random_batch(count=5, size=6, channels=1, classes=10, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.rand(count, size, size, channels, generator=generator, dtype=dtype) * 2 - 1,
+            torch.randint(0, classes, (count,), generator=generator))
+
+
+def small_mwt(images, dtype="float32", **changes):
+    """A small built model whose learned base and omega are far from their defaults, so that neither hides an error."""
+    keras.utils.set_random_seed(1)
+    arguments = dict(channels=images.shape[-1], dim=8, depth=3, omega=3.0, inner_steps=3, blocks=2, token_scale=20.0,
+                     mlp_ratio=2)
+    model = mwt.MWT(**{**arguments, **changes}, dtype=dtype)
+    model.build(tuple(images.shape))
+    model.classifier.base.assign(0.01 * keras.random.normal(model.classifier.base.shape, dtype=dtype))
+    return model
+
+
+# ---- The oracle: MWT once more in plain PyTorch, the inner loop differentiated twice ----
+
+
+def double_backward_siren(model, samples):
+    """Tokens and final errors by `torch.autograd.grad(create_graph=True)`, image by image for the tokens' layout."""
+    siren = model.siren
+    count = samples[0][1].shape[0]
+    kernels = [matrix.value[:-1].expand(count, -1, -1) for matrix in siren.initial]
+    biases = [matrix.value[-1].expand(count, -1) for matrix in siren.initial]
+    start = kernels, biases
+    head_kernel = siren.head.value[:-1] * siren.head_scale.value
+    head_bias = siren.head.value[-1] * siren.head_scale.value
+
+    def errors(kernels, biases, coords, pixels):
+        hidden = coords
+        for layer, (kernel, bias) in enumerate(zip(kernels, biases)):
+            before = hidden @ kernel + bias[:, None]
+            hidden = torch.sin(siren.omega * before) if layer == 0 else torch.sin(before)
+        return ((hidden @ head_kernel + head_bias - pixels) ** 2).mean(dim=(1, 2))
+
+    for step, (coords, pixels) in enumerate(samples[:-1]):
+        gradients = torch.autograd.grad(errors(kernels, biases, coords, pixels).sum(), [*kernels, *biases],
+                                        create_graph=True)
+        rates = [matrix.value[0 if siren.shared_step_sizes else step] for matrix in siren.step_sizes]
+        kernels = [k - rate[:-1] * g for k, rate, g in zip(kernels, rates, gradients)]
+        biases = [b - rate[-1] * g for b, rate, g in zip(biases, rates, gradients[len(rates):])]
+    tokens = []
+    for image in range(count):
+        for layer in range(1, siren.depth + 1):
+            for neuron in range(siren.dim):
+                tokens.append(torch.cat([(kernels[layer] - start[0][layer])[image, :, neuron],
+                                         (biases[layer] - start[1][layer])[image, neuron, None]]))
+    tokens = torch.stack(tokens).reshape(count, siren.depth * siren.dim, siren.dim + 1)
+    return tokens, errors(kernels, biases, *samples[-1])
+
+
+def plain_transformer(classifier, tokens):
+    """The Transformer in `torch.nn.functional`, attention written out."""
+    def dense(layer, x):
+        y = x @ layer.kernel.value
+        return y if layer.bias is None else y + layer.bias.value
+
+    def norm(layer, x):
+        return functional.layer_norm(x, x.shape[-1:], layer.gamma.value, layer.beta.value, 1e-5)
+
+    x = dense(classifier.embed, classifier.token_scale * (tokens + classifier.base.value))
+    for block in classifier.blocks:
+        dim, heads = block.dim, max(1, block.dim // 64)
+        q, k, v = (part.unflatten(-1, (heads, -1)) for part in dense(block.qkv, norm(block.norm1, x)).split(dim, -1))
+        scores = torch.einsum("nihd,njhd->nhij", q, k) / math.sqrt(dim // heads)
+        attended = torch.einsum("nhij,njhd->nihd", scores.softmax(-1), v).flatten(-2)
+        x = x + block.scale1.value * dense(block.project, attended)
+        hidden = functional.gelu(dense(type("", (), dict(kernel=block.expand.kernel, bias=block.expand.bias)),
+                                       norm(block.norm2, x)))
+        x = x + block.scale2.value * dense(block.reduce, hidden)
+    return dense(classifier.classify, x.mean(1))
+
+
+def relative_error(actual, expected):
+    return float((actual - expected).norm() / expected.norm())
+
+
+# ---- mwt.py: the inner loop ----
+
+
+@pytest.mark.parametrize("subsample", [1.0, 0.5])
+@pytest.mark.parametrize("shared", [False, True])
+def test_inner_loop_equals_double_backward(subsample, shared):
+    images, _ = random_batch(channels=3, dtype=torch.float64)
+    model = small_mwt(images, "float64", subsample=subsample, shared_step_sizes=shared)
+    samples = model.siren.sample_points(images, training=True)
+    model.siren.sample_points = lambda *arguments: samples
+    tokens, errors = model.siren(images, training=True)
+    expected_tokens, expected_errors = double_backward_siren(model, samples)
+    assert relative_error(tokens, expected_tokens) < 1e-9
+    assert relative_error(errors[-1], expected_errors) < 1e-9
+
+    variables = [variable.value for variable in model.siren.trainable_variables]
+    assert len(variables) == 2 * 4 + 2
+    weights = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    actual = torch.autograd.grad((tokens * weights).sum() + errors[-1].sum(), variables)
+    expected = torch.autograd.grad((expected_tokens * weights).sum() + expected_errors.sum(), variables)
+    for variable, gradient, reference in zip(model.siren.trainable_variables, actual, expected):
+        assert relative_error(gradient, reference) < 1e-9, variable.path
+
+
+def test_each_inner_step_descends_by_the_gradient():
+    """One step against autograd's first gradient, parameter by parameter, on weights that differ per image."""
+    images, _ = random_batch(dtype=torch.float64)
+    model = small_mwt(images, "float64")
+    (coords, pixels), *_ = model.siren.sample_points(images, training=False)
+    weights, head, rates = model.siren.parameters_for(1)
+    weights = [(matrix.detach() + 0.1 * torch.randn(5, *matrix.shape, dtype=torch.float64)).requires_grad_()
+               for matrix in weights]
+    adapted, errors = mwt.inner_step(weights, rates[0], head, coords, pixels, 3.0)
+    rendered = mwt.render(weights, head, coords, 3.0)
+    expected_errors = ((rendered - pixels) ** 2).mean(dim=(1, 2))
+    assert relative_error(errors, expected_errors) < 1e-12
+    for new, old, rate, gradient in zip(adapted, weights, rates[0],
+                                        torch.autograd.grad(expected_errors.sum(), weights)):
+        assert relative_error(new - old, -rate * gradient) < 1e-9
+
+
+@pytest.mark.parametrize("task_weight", [0.0, 0.01, 1.0])
+def test_training_gradient_equals_double_backward(task_weight):
+    images, labels = random_batch(dtype=torch.float64)
+    model = small_mwt(images, "float64", task_weight=task_weight)
+    logits, errors, cross_entropy = model.losses(images, labels, training=True)
+    variables = [variable.value for variable in model.trainable_variables]
+    actual = torch.autograd.grad(errors.mean() + cross_entropy, variables)
+
+    tokens, expected_errors = double_backward_siren(model, model.siren.sample_points(images, False))
+    expected_logits = plain_transformer(model.classifier, tokens)
+    assert relative_error(logits, expected_logits) < 1e-6  # logits are float32
+    expected_loss = functional.cross_entropy(expected_logits, labels)
+    of_mse = torch.autograd.grad(expected_errors.mean(), variables, retain_graph=True, allow_unused=True,
+                                 materialize_grads=True)
+    of_task = torch.autograd.grad(expected_loss, variables, allow_unused=True, materialize_grads=True)
+    in_siren = {id(variable) for variable in model.siren.trainable_variables}
+    for variable, gradient, mse, task in zip(model.trainable_variables, actual, of_mse, of_task):
+        weight = task_weight if id(variable) in in_siren else 1.0
+        assert relative_error(gradient, mse + weight * task) < 1e-6, variable.path
+
+
+def test_images_do_not_mix():
+    images, _ = random_batch()
+    model = small_mwt(images)
+    changed = images.clone()
+    changed[2] = -changed[2]
+    for output in (lambda x: model.siren(x)[0], model):
+        differs = [not torch.equal(a, b) for a, b in zip(output(images), output(changed))]
+        assert differs == [False, False, True, False, False]
+
+
+def test_subsampling_draws_without_replacement_anew_per_image_and_step():
+    images = torch.arange(5 * 36, dtype=torch.float32).reshape(5, 6, 6, 1)  # a pixel's value tells where it was
+    model = small_mwt(images, subsample=0.5)
+    samples = model.siren.sample_points(images, training=True)
+    drawn = set()
+    for coords, pixels in samples:
+        assert pixels.shape == (5, 18, 1) and coords.shape == (5, 18, 2)
+        for image in range(5):
+            values = pixels[image, :, 0].long() - 36 * image
+            assert len(set(values.tolist())) == 18 and 0 <= values.min() and values.max() < 36
+            expected = torch.stack([values // 6, values % 6], dim=-1) / 2.5 - 1
+            torch.testing.assert_close(coords[image], expected.float())
+            drawn.add(tuple(sorted(values.tolist())))
+    assert len(samples) == 4 and len(drawn) == 20
+    assert model.siren.sample_points(images, training=False)[0][1].shape == (5, 36, 1)
+
+
+def test_inner_loop_compiles_as_one_graph():
+    images, _ = random_batch()
+    model = small_mwt(images)
+    expected = model(images)
+    model.siren.inner_loop = torch.compile(mwt.inner_loop, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_initial_values_are_the_published_ones():
+    keras.utils.set_random_seed(0)
+    model = mwt.MWT(**{name: mwt.PAPER[name] for name in ("dim", "depth", "inner_steps")})
+    model.build((None, 28, 28, 1))
+    for layer, (matrix, rates) in enumerate(zip(model.siren.initial, model.siren.step_sizes)):
+        limit = math.sqrt(6 / 128) if layer else 1 / 2
+        assert 0.95 * limit < matrix.value[:-1].abs().max() <= limit
+        assert torch.all(matrix.value[-1] == 0)
+        assert rates.shape == (6, *matrix.shape)
+        assert 0.1 <= rates.value.min() < 0.11 and 0.99 < rates.value.max() <= 1.0
+    assert model.siren.head_scale.value.tolist() == pytest.approx([0.1])
+
+
+def test_reconstruct_renders_every_step_at_any_size():
+    images, _ = random_batch(size=7)
+    model = small_mwt(images)
+    stages = model.reconstruct(images)
+    assert stages.shape == (5, 4, 7, 7, 1)
+    errors = model.siren(images)[1].detach().numpy()                            # (steps + 1, N)
+    np.testing.assert_allclose(((stages - images[:, None].numpy()) ** 2).mean(axis=(2, 3, 4)).T, errors, rtol=1e-4)
+    larger = model.reconstruct(images, size=(13, 19))
+    assert larger.shape == (5, 4, 13, 19, 1)
+    np.testing.assert_allclose(larger[:, :, ::2, ::3], stages, atol=1e-5)  # every second and third point is an old one
+    assert model.reconstruct(images, steps=0).shape == (5, 1, 7, 7, 1)
+    with pytest.raises(ValueError, match="shared_step_sizes"):
+        model.reconstruct(images, steps=4)
+
+
+def test_shared_step_sizes_allow_more_steps():
+    images, _ = random_batch()
+    model = small_mwt(images, shared_step_sizes=True)
+    stages = model.reconstruct(images, steps=40)
+    errors = ((stages - images[:, None].numpy()) ** 2).mean(axis=(0, 2, 3, 4))
+    assert len(errors) == 41 and errors[40] < errors[3] < errors[0]
+
+
+# ---- mwt.py: the model as a Keras model ----
+
+
+def test_schedule_equals_pytorch():
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW([parameter], lr=0.01)
+    reference = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.01, total_steps=200, pct_start=0.05)
+    schedule = mwt.OneCycle(0.01, 200, 0.05)
+    for step in range(199):
+        assert float(schedule(step)) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-3, abs=1e-9), step
+        assert schedule.beta_1(step) == pytest.approx(optimizer.param_groups[0]["betas"][0], abs=1e-5), step
+        optimizer.step()
+        reference.step()
+
+
+def test_a_train_step_equals_pytorch_adamw():
+    """Three clipped AdamW optimizers with their own rates, against `torch.optim`, over three steps."""
+    images, labels = random_batch(count=4)
+    model = small_mwt(images, task_weight=0.5)
+    model.compile(total_steps=40, siren_rate=1e-3, step_size_rate=1e-1, classifier_rate=1e-2, weight_decay=0.1,
+                  clip_norm=0.01)
+    twin = keras.models.clone_model(model)
+    twin.build(tuple(images.shape))
+    twin.set_weights(model.get_weights())
+    twin.compile(total_steps=1)
+    groups = [[variable.value for variable in variables] for _, variables in twin.optimizer_groups()]
+    assert sum(map(len, groups)) == len(twin.trainable_variables)
+    optimizers = [torch.optim.AdamW(group, lr=1.0, weight_decay=0.1, eps=1e-8) for group in groups]
+    schedules = [torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rate, total_steps=40, pct_start=0.05)
+                 for optimizer, rate in zip(optimizers, (1e-3, 1e-1, 1e-2))]
+    for _ in range(3):
+        model.train_step((images, labels))
+        twin.zero_grad()
+        _, errors, cross_entropy = twin.losses(images, labels, training=True)
+        (errors.mean() + cross_entropy).backward()
+        for group, optimizer, schedule in zip(groups, optimizers, schedules):
+            torch.nn.utils.clip_grad_norm_(group, 0.01)
+            optimizer.step()
+            schedule.step()
+    for ours, reference in zip(model.trainable_variables, twin.trainable_variables):
+        torch.testing.assert_close(ours.value, reference.value, rtol=1e-4, atol=2e-5, msg=ours.path)
+
+
+def test_training_lowers_both_losses():
+    images, labels = data.shapes(range(20), size=12)
+    images = images.astype("float32") / 127.5 - 1
+    model = small_mwt(images, dim=32, depth=1, token_scale=100.0, task_weight=0.1)
+    model.compile(total_steps=150, siren_rate=3e-3, classifier_rate=3e-3)
+    first = model.evaluate(images, labels, verbose=0, return_dict=True)
+    model.fit(images, labels, batch_size=20, epochs=150, verbose=0)
+    last = model.evaluate(images, labels, verbose=0, return_dict=True)
+    assert last["mse"] < 0.5 * first["mse"]
+    assert last["loss"] - last["mse"] < 0.5 * (first["loss"] - first["mse"])
+    assert last["accuracy"] > 0.7
+
+
+def test_metrics_are_what_they_say():
+    images, labels = random_batch(count=7)
+    model = small_mwt(images, subsample=0.5)
+    model.compile(total_steps=1)
+    metrics = model.evaluate(images, labels, batch_size=3, verbose=0, return_dict=True)
+    logits, errors = torch.tensor(model.predict(images, verbose=0)), model.siren(images)[1][-1].detach()
+    assert metrics["accuracy"] == pytest.approx((logits.argmax(1) == labels).float().mean().item())
+    assert metrics["mse"] == pytest.approx(errors.mean().item(), rel=1e-5)
+    assert metrics["psnr"] == pytest.approx((10 * torch.log10(4 / errors)).mean().item(), rel=1e-5)
+    expected = errors.mean() + functional.cross_entropy(logits, labels)
+    assert metrics["loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_saved_model_in_a_fresh_process(tmp_path):
+    images, labels = random_batch(count=8)
+    model = small_mwt(images, subsample=0.5)
+    model.compile(total_steps=5, classifier_rate=1e-2)
+    model.fit(images, labels, batch_size=4, epochs=2, verbose=0)
+    model.save(tmp_path / "model.keras")
+    np.savez(tmp_path / "case.npz", images=images, logits=model.predict(images, verbose=0),
+             momentum=model.classifier_optimizer.variables[2].numpy())
+    shutil.copy(HERE / "mwt.py", tmp_path)
+    (tmp_path / "check.py").write_text("""
+import numpy as np, mwt, keras
+model, case = keras.saving.load_model("model.keras"), np.load("case.npz")
+assert abs(model.predict(case["images"], verbose=0) - case["logits"]).max() < 1e-6
+assert int(model.classifier_optimizer.iterations) == 4
+assert abs(model.classifier_optimizer.variables[2].numpy() - case["momentum"]).max() == 0
+""")
+    result = run_python("check.py", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
+def expected_parameters(dim, depth, steps, blocks, ratio, channels=1, classes=10):
+    siren = 3 * dim + depth * (dim + 1) * dim
+    head = (dim + 1) * channels + channels
+    block = 2 * 2 * dim + 3 * dim**2 + dim**2 + dim + 2 * ratio * dim**2 + ratio * dim + dim + 2 * dim
+    classifier = depth * dim * (dim + 1) + (dim + 1) * dim + dim + blocks * block + dim * classes + classes
+    return siren * (1 + steps) + head + classifier
+
+
+@pytest.mark.parametrize("preset", mwt.PRESETS)
+def test_presets_build_with_the_expected_number_of_parameters(preset):
+    values = mwt.PRESETS[preset]
+    assert values.keys() == mwt.PAPER.keys()
+    options, method, hyperparameters = train.parse(["--preset", preset])
+    model = train.build_model(options, method, hyperparameters, 1, 10, 100)
+    assert model(np.zeros((2, 8, 8, 1), "float32")).shape == (2, 10)
+    expected = expected_parameters(values["dim"], values["depth"], values["inner_steps"], values["blocks"],
+                                   values["mlp_ratio"])
+    assert model.count_params() == expected
+    lines = []
+    model.summary(print_fn=lines.append)
+    assert f"{expected:,}" in "\n".join(map(str, lines))
+    for optimizer, peak in zip((model.siren_optimizer, model.step_size_optimizer, model.classifier_optimizer),
+                               ("siren_rate", "step_size_rate", "classifier_rate")):
+        assert optimizer._learning_rate.peak == values[peak] and optimizer.global_clipnorm == values["clip_norm"]
+
+
+def test_published_hyperparameters():
+    """Gielisse & van Gemert's settings, typed from the paper's code."""
+    assert mwt.PRESETS["paper"] == dict(
+        dim=128, depth=4, omega=10.0, inner_steps=6, shared_step_sizes=False, subsample=1.0, blocks=10, mlp_ratio=1,
+        token_scale=500.0, task_weight=0.01, siren_rate=1e-4, step_size_rate=1e-2, classifier_rate=1e-4, warmup=0.05,
+        weight_decay=1e-4, clip_norm=1.0, batch_size=16, epochs=10)
+    assert mwt.PRESETS["paper-large"]["dim"] == 256
+    assert mwt.PRESETS["paper-wide"]["mlp_ratio"] == 4
+    assert mwt.PRESETS["paper-separate"]["task_weight"] == 0
+
+
+def test_mixed_precision_leaves_the_inner_loop_in_float32():
+    images, labels = random_batch()
+    model = small_mwt(images, "mixed_bfloat16")
+    tokens, errors = model.siren(images)
+    assert tokens.dtype == errors.dtype == torch.float32
+    seen = []
+    model.classifier.blocks[0].register_forward_hook(lambda layer, inputs, output: seen.append(output.dtype))
+    model.compile(total_steps=2)
+    model.fit(images, labels, verbose=0)
+    assert set(seen) == {torch.bfloat16}
+    torch.testing.assert_close(tokens, small_mwt(images).siren(images)[0])
+
+
+def test_wrong_arguments_and_inputs():
+    for arguments in (dict(dim=100), dict(subsample=0.0), dict(subsample=1.5), dict(inner_steps=0), dict(depth=0)):
+        with pytest.raises(ValueError, match="must|subsample"):
+            mwt.MWT(**arguments)
+    images, _ = random_batch(channels=3)
+    with pytest.raises(ValueError, match="axis -1"):
+        small_mwt(images[..., :1])(images)
+
+
+def test_mwt_alone_in_an_empty_folder(tmp_path):
+    shutil.copy(HERE / "mwt.py", tmp_path)
+    snippet = re.search(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL).group(1)
+    (tmp_path / "mine.py").write_text(snippet)
+    result = run_python("mine.py", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "accuracy" in result.stdout
+
+
+# ---- data.py ----
+
+
+def test_shapes_depend_on_seed_and_index_alone():
+    images, labels = data.shapes(range(40))
+    again, _ = data.shapes([17, 3], seed=0)
+    assert np.array_equal(again, images[[17, 3]])
+    assert not np.array_equal(data.shapes([3], seed=1)[0], images[[3]])
+    assert images.shape == (40, 28, 28, 1) and images.dtype == np.uint8
+    assert labels.tolist() == list(range(10)) * 4
+
+
+def test_shapes_are_one_signal_at_every_resolution():
+    coarse, _ = data.shapes(range(20), size=28, channels=3)
+    fine, _ = data.shapes(range(20), size=82, channels=3)  # 81 = 3 * 27 intervals: every third point is an old one
+    assert np.array_equal(fine[:, ::3, ::3], coarse)
+    noisy, _ = data.shapes(range(20), noise=0.1)
+    clean, _ = data.shapes(range(20))
+    assert 15 < (noisy.astype(float) - clean).std() < 27  # 0.1 * 255, less where it is clipped
+    assert np.array_equal(noisy, data.shapes(range(20), noise=0.1)[0])
+
+
+def test_shapes_dataset_is_balanced_and_its_splits_differ():
+    dataset = data.load("shapes")
+    assert dataset.train_images.shape == (10_000, 28, 28, 1) and dataset.test_images.shape == (2_000, 28, 28, 1)
+    assert set(np.bincount(dataset.train_labels)) == {1_000} and set(np.bincount(dataset.test_labels)) == {200}
+    train_set = {image.tobytes() for image in dataset.train_images}
+    assert not any(image.tobytes() in train_set for image in dataset.test_images)
+    assert data.load("shapes", image_size=16, seed=5).train_images.shape == (10_000, 16, 16, 1)
+
+
+@pytest.fixture(scope="module")
+def dummy_mnist(tmp_path_factory):
+    """A dataset that TFDS itself prepares, without a download: 20 images a split."""
+    import tensorflow_datasets as tfds
+
+    folder = tmp_path_factory.mktemp("tfds")
+    tfds.testing.DummyMnist(data_dir=folder / "array_record", file_format="array_record").download_and_prepare()
+    tfds.testing.DummyMnist(data_dir=folder / "tfrecord").download_and_prepare()
+    return folder
+
+
+def test_tfds_dataset_on_disk(dummy_mnist):
+    result = run_python("-c", """
+import sys, data
+dataset = data.load("dummy_mnist")
+assert dataset.train_images.shape == dataset.test_images.shape == (20, 28, 28, 1)
+assert (dataset.train_images == 1).all() and sorted(dataset.train_labels) == sorted(list(range(10)) * 2)
+assert dataset.class_names == tuple("0123456789")
+assert "tensorflow" not in sys.modules
+""", TFDS_DATA_DIR=str(dummy_mnist / "array_record"))
+    assert result.returncode == 0, result.stderr
+
+
+def test_tfds_dataset_prepared_as_tfrecord_and_resized(dummy_mnist):
+    dataset = data.load("dummy_mnist", data_dir=dummy_mnist / "tfrecord", image_size=16)
+    assert dataset.train_images.shape == (20, 16, 16, 1) and dataset.train_images.dtype == np.uint8
+
+
+def test_tfds_prepares_what_is_not_on_disk(tmp_path, monkeypatch):
+    """The download path, with a builder that needs no network; and the same with a network that fails."""
+    import tensorflow_datasets as tfds
+
+    monkeypatch.setattr(tfds, "builder", lambda name, **options: tfds.testing.DummyMnist(**options))
+    assert data.load("mnist", data_dir=tmp_path).train_images.shape == (20, 28, 28, 1)
+    assert list(tmp_path.rglob("*.array_record*"))
+
+    def fail(self, **options):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(tfds.testing.DummyMnist, "download_and_prepare", fail)
+    with pytest.raises(data.DataError, match="--dataset shapes") as caught:
+        data.load("mnist", data_dir=tmp_path / "other")
+    assert "TFDS_DATA_DIR" in str(caught.value) and "no route to host" in str(caught.value)
+
+
+def test_batches_order():
+    images = np.arange(50, dtype=np.uint8).reshape(50, 1, 1, 1)
+    labels = np.arange(50)
+    batches = data.Batches(images, labels, 8, seed=3)
+    epochs = []
+    for _ in range(2):
+        seen = [batches[index] for index in range(len(batches))]
+        assert all(np.array_equal(np.rint((x[:, 0, 0, 0] + 1) * 127.5), y) for x, y in seen)
+        epochs.append(np.concatenate([y for _, y in seen]).tolist())
+        batches.on_epoch_end()
+    assert len(epochs[0]) == len(set(epochs[0])) == 48 and epochs[0] != epochs[1]
+    other = data.Batches(images, labels, 8, seed=3)
+    assert other[5][1].tolist() == epochs[0][40:]
+    ordered = data.Batches(images, labels, 8)
+    assert np.concatenate([ordered[index][1] for index in range(len(ordered))]).tolist() == list(range(50))
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_augmentation_shifts_over_the_reflection(flip):
+    images = np.random.default_rng(0).normal(size=(64, 9, 11, 3)).astype("float32")
+    result = np.asarray(data.augment(images, np.random.default_rng(1), flip))
+    assert result.shape == images.shape
+    places, mirrored = set(), 0
+    for image, crop in zip(images, result):
+        padded = np.pad(image, ((4, 4), (4, 4), (0, 0)), mode="reflect")
+        found = [(row, column, mirror) for row in range(9) for column in range(9) for mirror in (False, True)
+                 if np.array_equal(padded[row:row + 9, column:column + 11], crop[:, ::-1] if mirror else crop)]
+        assert len(found) == 1
+        places.add(found[0][:2])
+        mirrored += found[0][2]
+    assert len(places) > 30 and (15 < mirrored < 49 if flip else mirrored == 0)
+    assert np.array_equal(result, data.augment(images, np.random.default_rng(1), flip))
+
+
+# ---- train.py ----
+
+
+def test_a_whole_run(tmp_path, capsys):
+    folder = tmp_path / "run"
+    arguments = ["--run-dir", str(folder), "--augment", "--seed", "3", *TINY, "--epochs", "2"]
+    assert train.main(arguments) == 0
+    assert capsys.readouterr().out.strip().endswith(str(folder))
+    assert {path.name for path in folder.iterdir()} == {"config.json", "history.csv", "model.keras", "results.json",
+                                                        "reconstructions.png", "curves.png"}
+    config, results = (json.loads((folder / name).read_text()) for name in ("config.json", "results.json"))
+    assert config["dim"] == 16 and config["seed"] == 3 and config["versions"]["torch"] == torch.__version__
+    assert set(vars(train.parse([])[0])) <= config.keys()
+    with open(folder / "history.csv", newline="") as file:
+        history = list(csv.DictReader(file))
+    assert [row["epoch"] for row in history] == ["0", "1"] and float(history[1]["val_accuracy"]) <= 1
+    dataset = data.load("shapes", seed=3)
+    metrics = keras.saving.load_model(folder / "model.keras").evaluate(
+        data.Batches(dataset.test_images, dataset.test_labels, 200), verbose=0, return_dict=True)
+    assert results["test_accuracy"] == pytest.approx(metrics["accuracy"]) and 0 <= results["test_accuracy"] <= 1
+    assert results["test_psnr"] == pytest.approx(metrics["psnr"], rel=1e-5)
+    assert results["parameters"] == expected_parameters(16, 2, 2, 1, 1)
+    assert results["seconds_per_epoch"] > 0 and results["device"] and results["preset"] == "quick"
+    for name in ("reconstructions.png", "curves.png"):
+        assert (folder / name).read_bytes()[:4] == b"\x89PNG"
+
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(SystemExit) as stopped:
+        train.main(arguments)
+    assert stopped.value.code == 2 and "already holds a run" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_same_seed_gives_the_same_run(tmp_path):
+    for name in ("a", "b"):
+        assert train.main(["--run-dir", str(tmp_path / name), *TINY]) == 0
+    assert (tmp_path / "a" / "history.csv").read_text() == (tmp_path / "b" / "history.csv").read_text()
+
+
+def test_a_loss_that_becomes_nan_keeps_good_weights(tmp_path, capsys, monkeypatch):
+    original, steps = mwt.MWT.losses, []
+
+    def losses(self, images, labels, sample_weight=None, training=False):
+        logits, errors, cross_entropy = original(self, images, labels, sample_weight, training)
+        steps.append(training)
+        return logits, errors, cross_entropy * (math.nan if sum(steps) == 6 else 1)  # in the second of four epochs
+
+    monkeypatch.setattr(mwt.MWT, "losses", losses)
+    assert train.main(["--run-dir", str(tmp_path / "run"), *TINY, "--epochs", "4"]) == 1
+    error = capsys.readouterr().err
+    assert "nan" in error and "after epoch 1" in error and sum(steps) == 6
+    model = keras.saving.load_model(tmp_path / "run" / "model.keras")
+    assert all(np.isfinite(weight).all() for weight in model.get_weights())
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
+BAD_OPTIONS = [
+    (["--method", "nerf"], "mwt"), (["--preset", "huge"], "paper-wide"), (["--precision", "int8"], "mixed_bfloat16"),
+    (["--dataset", "no_such_dataset"], "shapes, mnist"), (["--dataset", "imagenette/9px"], "imagenette/320px-v2"),
+    (["--dataset", "lm1b"], "not an image classification dataset"),
+    (["--limit", "0"], "from 1 up"), (["--limit", "some"], "from 1 up"), (["--limit", "8"], "--batch-size"),
+    (["--epochs", "0"], "from 1 up"), (["--epochs", "1.5"], "from 1 up"), (["--batch-size", "-4"], "from 1 up"),
+    (["--batch-size", "9000"], "--batch-size"), (["--inner-steps", "0"], "from 1 up"), (["--seed", "-1"], "from 0 up"),
+    (["--validation-images", "10000"], "--validation-images"), (["--image-size", "2"], "from 8 up"),
+    (["--dim", "100"], "multiple of 64"), (["--subsample", "2"], "subsample"), (["--siren-rate", "nan"], "from 0 up"),
+    (["--task-weight", "-1"], "from 0 up"), (["--shared-step-sizes", "maybe"], "true"), (["--no-such-flag"], "flag"),
+]
+
+
+@pytest.mark.parametrize("arguments, hint", BAD_OPTIONS, ids=lambda value: " ".join(value) if list is type(value) else "")
+def test_bad_options(arguments, hint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "datasets"))
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--run-dir", str(tmp_path / "run"), *arguments])
+    output = capsys.readouterr()
+    assert stopped.value.code == 2 and output.out == ""
+    assert output.err.count("\n") == 1 and hint in output.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_run_folder_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("not a folder")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(SystemExit) as stopped:
+            train.main(["--run-dir", str(folder), *TINY])
+        assert stopped.value.code == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "not a folder"
+
+
+def test_start_imports_neither_tensorflow_nor_tfds(tmp_path):
+    for arguments, status in ((["--help"], 0), (["--preset", "huge"], 2)):
+        result = run_python("-X", "importtime", HERE / "train.py", *arguments, cwd=tmp_path)
+        assert result.returncode == status
+        imported = {line.rsplit("|", 1)[1].strip() for line in result.stderr.splitlines() if line.startswith("import time:")}
+        assert "keras" in imported and not {"tensorflow", "tensorflow_datasets", "matplotlib.pyplot"} & imported
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_shows_every_hyperparameter_and_its_defaults(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert stopped.value.code == 0
+    for name, value in mwt.PAPER.items():
+        assert f"--{name.replace('_', '-')} " in text and f"paper {value}" in text
+
+
+def test_options_change_the_preset_they_start_from():
+    _, _, hyperparameters = train.parse(["--preset", "paper", "--inner-steps", "4", "--shared-step-sizes", "true"])
+    assert hyperparameters == {**mwt.PAPER, "inner_steps": 4, "shared_step_sizes": True}
+    assert mwt.PAPER["inner_steps"] == 6
+
+
+def test_benchmark(capsys):
+    assert train.main(["--benchmark", *TINY, "--image-size", "8", "--subsample", "1"]) == 0
+    figures = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert figures.keys() == {"ms_per_step", "images_per_second", "peak_memory_mb", "gflop_per_step", "matmul_gflops",
+                              "share_of_matmul_rate"}
+    assert all(value > 0 for value in figures.values())
+
+
+# ---- README.md ----
+
+
+def test_readme_commands_are_real():
+    readme = (HERE / "README.md").read_text()
+    commands = re.findall(r"python train\.py([^\n`|]*)", readme)
+    assert " --method mwt --dataset shapes" in commands and " --method mwt --dataset mnist" in commands
+    for command in commands:
+        train.parse([word for word in command.split() if word != "&&"])
+    assert "pip install -r requirements.txt && pytest test_all.py" in readme
+    assert "pytest test_all.py" in (HERE / ".ci" / "run").read_text()
+    for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", readme):
+        assert (HERE / picture).stat().st_size < 300_000

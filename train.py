@@ -1,0 +1,335 @@
+"""Trains one method on one dataset: `python train.py --method mwt --dataset mnist`; `--help` lists all options.
+
+Reads the options, loads the data, builds the method's model from its preset, fits it, evaluates it on the test split
+and writes a folder: config.json, history.csv, model.keras, results.json and pictures.
+"""
+
+import argparse
+import csv
+import ctypes
+import importlib
+import inspect
+import json
+import math
+import os
+import pathlib
+import platform
+import resource
+import statistics
+import sys
+import time
+
+os.environ.setdefault("KERAS_BACKEND", "torch")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+import numpy as np
+import torch
+
+import data
+
+METHODS = {"mwt": "MWT"}  # the file, and the model's class in it
+
+
+# ---- Options ----
+
+
+def refuse(message):
+    """Ends the program with status 2 and one line that says what to do."""
+    print(f"train.py: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports an error in one line, without the usage text before it."""
+
+    def error(self, message):
+        refuse(message)
+
+
+def at_least(lowest):
+    """Type of an option that is a whole number from `lowest` up."""
+    def whole_number(text):
+        if not text.lstrip("-").isdigit() or int(text) < lowest:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {lowest} up")
+        return int(text)
+    return whole_number
+
+
+def type_like(value):
+    """Type of an option whose presets hold `value`."""
+    if isinstance(value, bool):
+        def truth(text):
+            if text not in ("true", "false"):
+                raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+            return text == "true"
+        return truth
+    if isinstance(value, int):
+        return at_least(1)
+
+    def number(text):
+        try:
+            result = float(text)
+        except ValueError:
+            result = math.nan
+        if not (math.isfinite(result) and result >= 0):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 up")
+        return result
+    return number
+
+
+def parse(arguments):
+    """Options as a namespace, the method's module, and its preset with the options' changes."""
+    first = Parser(add_help=False)
+    first.add_argument("--method", choices=METHODS, default="mwt")
+    method = importlib.import_module(first.parse_known_args(arguments)[0].method)
+
+    parser = Parser(description=__doc__.splitlines()[0], parents=[first], allow_abbrev=False,
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--dataset", default="shapes", help="shapes, or the TFDS name of an image classification "
+                        "dataset: mnist, fashion_mnist, cifar10, cifar100, imagenette/320px-v2, …")
+    parser.add_argument("--preset", choices=method.PRESETS, default="quick", help="hyperparameters to start from")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the weights, the order of the data, and shapes")
+    parser.add_argument("--limit", type=at_least(1), help="train on that many images at most")
+    parser.add_argument("--validation-images", type=at_least(0), default=2000,
+                        help="held out of the training split and evaluated after each epoch; 0 trains on everything")
+    parser.add_argument("--image-size", type=at_least(8), help="scale and crop all images to that many pixels squared")
+    parser.add_argument("--augment", action="store_true", help="shift, and where classes allow it mirror, at random")
+    parser.add_argument("--data-dir", help="where TFDS keeps datasets (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)")
+    parser.add_argument("--run-dir", type=pathlib.Path, help="folder to write (default: "
+                        "runs/<method>-<dataset>-<preset>-<seed>)")
+    parser.add_argument("--precision", choices=["float32", "mixed_bfloat16"], default="float32")
+    parser.add_argument("--compile", action="store_true", help="compile the method's inner loop (minutes at the start)")
+    parser.add_argument("--benchmark", action="store_true", help="time training steps and stop")
+    group = parser.add_argument_group("hyperparameters (default: the preset's)")
+    for name, value in method.PRESETS["quick"].items():
+        group.add_argument("--" + name.replace("_", "-"), type=type_like(value), metavar=type(value).__name__.upper(),
+                           help=", ".join(f"{preset} {values[name]}" for preset, values in method.PRESETS.items()),
+                           default=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    preset = method.PRESETS[options.preset]
+    return options, method, {name: getattr(options, name, value) for name, value in preset.items()}
+
+
+# ---- Training ----
+
+
+def build_model(options, method, hyperparameters, channels, num_classes, total_steps):
+    """The method's model, compiled; hyperparameters go to its constructor or to its `compile`, as their names say."""
+    def accepted_by(function):
+        return {name: value for name, value in hyperparameters.items() if name in inspect.signature(function).parameters}
+    keras.utils.set_random_seed(options.seed)
+    keras.config.set_dtype_policy(options.precision)
+    model_class = getattr(method, METHODS[options.method])
+    try:
+        model = model_class(channels=channels, num_classes=num_classes, **accepted_by(model_class.__init__))
+    except ValueError as error:
+        refuse(error)
+    model.compile(total_steps=total_steps, jit_compile=options.compile, **accepted_by(model_class.compile))
+    return model
+
+
+class KeepGoodWeights(keras.callbacks.Callback):
+    """Stops when the loss is not a number, and puts back the weights of the last whole epoch."""
+
+    failed = None
+
+    def on_train_begin(self, logs=None):
+        self.weights, self.epoch = self.model.get_weights(), 0
+
+    def on_train_batch_end(self, batch, logs=None):
+        if not math.isfinite(logs["loss"]):
+            self.failed = f"the loss became {logs['loss']} in step {batch + 1} of epoch {self.epoch + 1}"
+            self.model.set_weights(self.weights)
+            self.model.stop_training = True
+
+    def on_epoch_end(self, epoch, logs=None):
+        if not self.failed:
+            self.weights, self.epoch = self.model.get_weights(), epoch + 1
+
+
+class EpochTimes(keras.callbacks.Callback):
+    """Seconds that each epoch took, validation included."""
+
+    def on_train_begin(self, logs=None):
+        self.seconds = []
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.start = time.perf_counter()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.seconds.append(time.perf_counter() - self.start)
+
+
+def device_name():
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def train(options, method, hyperparameters):
+    """One run, from data to pictures. Returns the exit status."""
+    folder = options.run_dir or pathlib.Path("runs", "-".join(
+        [options.method, options.dataset.replace("/", "-"), options.preset, str(options.seed)]))
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        refuse(f"{folder} already holds a run: take another --run-dir or --seed, or remove it")
+    try:
+        dataset = data.load(options.dataset, options.data_dir, options.image_size, options.seed)
+    except data.DataError as error:
+        refuse(error)
+    order = np.random.default_rng(options.seed).permutation(len(dataset.train_images))
+    held_out, chosen = np.split(order, [options.validation_images])
+    chosen = chosen[:options.limit]
+    batch_size = hyperparameters["batch_size"]
+    if len(chosen) < batch_size:
+        refuse(f"{len(chosen)} training images do not fill a batch of {batch_size}: "
+               "take a smaller --batch-size or --validation-images, or a larger --limit")
+    batches = data.Batches(dataset.train_images[chosen], dataset.train_labels[chosen], batch_size,
+                           seed=options.seed, augment=options.augment, flip=dataset.flip)
+    validation = data.Batches(dataset.train_images[held_out], dataset.train_labels[held_out], 200)
+    test = data.Batches(dataset.test_images, dataset.test_labels, 200)
+    epochs = hyperparameters["epochs"]
+    model = build_model(options, method, hyperparameters, dataset.train_images.shape[-1], len(dataset.class_names),
+                        epochs * len(batches))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        versions = {"python": platform.python_version(), "keras": keras.__version__, "torch": torch.__version__,
+                    "numpy": np.__version__}
+        settings = {name: str(value) if isinstance(value, pathlib.Path) else value
+                    for name, value in {**vars(options), **hyperparameters}.items()}
+        (folder / "config.json").write_text(json.dumps({**settings, "versions": versions}, indent=1))
+    except OSError as error:
+        refuse(f"cannot write {folder} ({error.strerror}): take another --run-dir")
+
+    print(f"{options.method} on {options.dataset}: {len(chosen):,} training images of {dataset.train_images.shape[1:]}, "
+          f"{len(held_out):,} for validation, {len(dataset.test_images):,} for the test; {device_name()}")
+    guard, times = KeepGoodWeights(), EpochTimes()
+    model.fit(batches, epochs=epochs, validation_data=validation if len(held_out) else None,
+              callbacks=[guard, times, keras.callbacks.CSVLogger(folder / "history.csv")])
+    model.save(folder / "model.keras")
+    if guard.failed:
+        print(f"train.py: {guard.failed}: stopped; {folder / 'model.keras'} holds the weights after epoch "
+              f"{guard.epoch}. Lower the learning rates, or change --seed.", file=sys.stderr)
+        return 1
+    results = {f"test_{name}": value for name, value in model.evaluate(test, verbose=0, return_dict=True).items()}
+    results |= {"parameters": model.count_params(), "seconds_per_epoch": statistics.mean(times.seconds),
+                "device": device_name(), "method": options.method, "preset": options.preset, "dataset": options.dataset}
+    (folder / "results.json").write_text(json.dumps(results, indent=1))
+    draw_curves(folder)
+    draw_reconstructions(model, dataset.test_images[:8].astype("float32") / 127.5 - 1, folder / "reconstructions.png")
+    print(f"test accuracy {results['test_accuracy']:.2%}, PSNR {results['test_psnr']:.2f} dB on "
+          f"{len(dataset.test_images):,} images\n{folder}")
+    return 0
+
+
+# ---- Pictures ----
+
+
+def draw_reconstructions(model, images, path):
+    """Rows: images. Columns: the input, then the INR after each step, with its PSNR."""
+    from matplotlib.figure import Figure
+
+    stages = model.reconstruct(images)                                        # (N, steps+1, H, W, C)
+    psnr = 10 * np.log10(4 / np.mean((stages - images[:, None]) ** 2, axis=(2, 3, 4)))
+    rows, columns = len(images), stages.shape[1] + 1
+    figure = Figure(figsize=(1.3 * columns, 1.5 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for row in range(rows):
+        for column in range(columns):
+            picture = images[row] if column == 0 else stages[row, column - 1]
+            axes[row, column].imshow(np.clip(picture / 2 + 0.5, 0, 1).squeeze(), cmap="gray", vmin=0, vmax=1)
+            title = f"{psnr[row, column - 1]:.1f} dB" if column else ""
+            if row == 0:
+                title = (f"step {column - 1}" if column else "input") + f"\n{title}"
+            axes[row, column].set_title(title, fontsize=9)
+            axes[row, column].axis("off")
+    figure.savefig(path, dpi=100)
+
+
+def draw_curves(folder):
+    """Every metric of history.csv over the epochs, training and validation."""
+    from matplotlib.figure import Figure
+
+    with open(folder / "history.csv", newline="") as file:
+        history = list(csv.DictReader(file))
+    names = [name for name in history[0] if name != "epoch" and not name.startswith("val_")]
+    figure = Figure(figsize=(3.5 * len(names), 3), layout="constrained")
+    for name, axes in zip(names, figure.subplots(1, len(names), squeeze=False)[0]):
+        for column, label in ((name, "training"), ("val_" + name, "validation")):
+            if column in history[0]:
+                axes.plot([int(row["epoch"]) + 1 for row in history], [float(row[column]) for row in history],
+                          marker=".", label=label)
+        axes.set(title=name, xlabel="epoch")
+        axes.legend()
+    figure.savefig(folder / "curves.png", dpi=100)
+
+
+# ---- Benchmark ----
+
+
+def benchmark(options, method, hyperparameters):
+    """Prints, as its last line, one JSON object about training steps on random images of the dataset's usual shape."""
+    size = options.image_size or 28
+    count = hyperparameters["batch_size"]
+    model = build_model(options, method, hyperparameters, 1, 10, total_steps=1000)
+    rng = np.random.default_rng(options.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    batch = (torch.tensor(rng.uniform(-1, 1, (count, size, size, 1)), dtype=torch.float32, device=device),
+             torch.tensor(rng.integers(0, 10, count), device=device))
+
+    def seconds(function, repeats):
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            function()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def step():
+        model.train_step(batch)
+
+    print(f"{options.preset}: batch {count} of ({size}, {size}, 1), {device_name()}; warming up")
+    seconds(step, 3)
+    step_seconds = seconds(step, 9)
+    if device == "cuda":
+        memory = torch.cuda.max_memory_allocated() / 2**20
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    # Attention as two plain matrix products, which the counter knows on every device. The compiled loop is not counted.
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        eager = build_model(argparse.Namespace(**{**vars(options), "compile": False}), method, hyperparameters, 1, 10, 1000)
+        eager.train_step(batch)
+    dtype = torch.bfloat16 if options.precision == "mixed_bfloat16" else torch.float32
+    side = 8192 if device == "cuda" else 2048
+    matrix = torch.ones(side, side, dtype=dtype, device=device)
+    seconds(lambda: matrix @ matrix, 3)
+    rate = 2 * side**3 / seconds(lambda: matrix @ matrix, 9) / 1e9
+    gflop = counter.get_total_flops() / 1e9
+    print(json.dumps({"ms_per_step": round(1e3 * step_seconds, 2), "images_per_second": round(count / step_seconds, 1),
+                      "peak_memory_mb": round(memory), "gflop_per_step": round(gflop, 2), "matmul_gflops": round(rate),
+                      "share_of_matmul_rate": round(gflop / step_seconds / rate, 3)}))
+    return 0
+
+
+def keep_freed_memory():
+    """Lets the C library keep the memory that a training step frees for the next one, where it is glibc: giving it back
+    to the system after every operation costs up to a fifth of a step."""
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def main(arguments=None):
+    options, method, hyperparameters = parse(arguments)
+    keep_freed_memory()
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it; no effect on CPUs
+    return (benchmark if options.benchmark else train)(options, method, hyperparameters)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
