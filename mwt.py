@@ -73,7 +73,12 @@ def coordinates(height, width, dtype="float32"):
 
 def affine(inputs, matrix):
     """inputs (…, P, in) times the kernel of matrix (…, in+1, out), plus the bias in its last row: (…, P, out)."""
-    return ops.matmul(inputs, matrix[..., :-1, :]) + matrix[..., -1:, :]
+    return inputs @ matrix[..., :-1, :] + matrix[..., -1:, :]
+
+
+def mean_square(residual):
+    """Mean over points and channels, (N, P, C) -> (N,). (`ops.mean` would round float64 to float32.)"""
+    return ops.sum(residual * residual, axis=(-2, -1)) / (residual.shape[-2] * residual.shape[-1])
 
 
 def render(weights, head, coords, omega):
@@ -118,18 +123,18 @@ def inner_step(weights, step_sizes, head, coords, pixels, omega):
     residual = affine(inputs[-1], head) - pixels                                   # (N, P, C)
 
     points, channels = pixels.shape[-2:]
-    delta = ops.matmul(residual * (2.0 / (points * channels)), ops.transpose(head[:-1]))  # d error / d hidden
+    delta = (2 / (points * channels) * residual) @ ops.transpose(head[:-1])        # (N, P, D) d error / d hidden
     adapted = []
     for layer in reversed(range(len(weights))):
         delta = delta * slopes[layer]                                              # (N, P, D) d error / d affine
-        kernel_gradient = ops.matmul(ops.swapaxes(inputs[layer], -2, -1), delta)   # (N, in, D)
+        kernel_gradient = ops.swapaxes(inputs[layer], -2, -1) @ delta              # (N, in, D)
         bias_gradient = ops.sum(delta, axis=-2, keepdims=True)                     # (N, 1, D)
         gradient = ops.concatenate([kernel_gradient, bias_gradient], axis=-2)
         rate = omega * step_sizes[layer] if layer == 0 else step_sizes[layer]
         adapted.insert(0, weights[layer] - rate * gradient)
         if layer > 0:
-            delta = ops.matmul(delta, ops.swapaxes(weights[layer][..., :-1, :], -2, -1))
-    return adapted, ops.mean(ops.square(residual), axis=(-2, -1))
+            delta = delta @ ops.swapaxes(weights[layer][..., :-1, :], -2, -1)
+    return adapted, mean_square(residual)
 
 
 def inner_loop(weights, step_sizes, head, samples, omega):
@@ -143,51 +148,42 @@ def inner_loop(weights, step_sizes, head, samples, omega):
         weights, error = inner_step(weights, rates, head, coords, pixels, omega)
         errors.append(error)
     coords, pixels = samples[-1]
-    errors.append(ops.mean(ops.square(render(weights, head, coords, omega) - pixels), axis=(-2, -1)))
+    errors.append(mean_square(render(weights, head, coords, omega) - pixels))
     return weights, ops.stack(errors)
 
 
-@keras.saving.register_keras_serializable("mwt")
 class MetaSiren(keras.layers.Layer):
     """Learned initialisation, step sizes and head of the SIREN; adapts them to images.
 
-    Initial values are the published ones: first kernel U(±1/2), hidden kernels U(±sqrt(6/D)), biases 0; step sizes
-    U(0.1, 1); head U(±1/sqrt(D)), times a scale per channel that starts at 0.1.
+    Initial values as published: first kernel U(±1/2), hidden kernels U(±sqrt(6/D)), biases 0; step sizes U(0.1, 1);
+    head U(±1/sqrt(D)), times a scale per channel that starts at 0.1.
     """
 
     def __init__(self, channels, dim, depth, omega, inner_steps, shared_step_sizes, subsample, **kwargs):
         super().__init__(**kwargs)
-        self.channels, self.dim, self.depth, self.omega = channels, dim, depth, omega
-        self.inner_steps, self.shared_step_sizes, self.subsample = inner_steps, shared_step_sizes, subsample
+        self.omega, self.inner_steps, self.shared_step_sizes = omega, inner_steps, shared_step_sizes
+        self.subsample = subsample
         self.seed_generator = keras.random.SeedGenerator()  # its state is saved with the weights
         self.inner_loop = inner_loop  # or its compiled form
-
-    def build(self, input_shape):
-        uniform = keras.initializers.RandomUniform
-        sets = 1 if self.shared_step_sizes else self.inner_steps
-        self.initial, self.step_sizes = [], []  # two groups of variables, one optimizer each
-        for layer in range(self.depth + 1):
-            limit, inputs = (math.sqrt(6 / self.dim), self.dim) if layer else (1 / 2, 2)
-
-            def initializer(shape, dtype=None, kernel=uniform(-limit, limit)):
-                return ops.concatenate([kernel((shape[0] - 1, shape[1]), dtype), ops.zeros((1, shape[1]), dtype)])
-
-            shape = (inputs + 1, self.dim)
-            self.initial.append(self.add_weight(shape=shape, initializer=initializer, name=f"initial_{layer}"))
-            self.step_sizes.append(self.add_weight(shape=(sets, *shape), initializer=uniform(0.1, 1.0),
-                                                   name=f"step_sizes_{layer}"))
-        limit = 1 / math.sqrt(self.dim)
-        self.head = self.add_weight(shape=(self.dim + 1, self.channels), initializer=uniform(-limit, limit),
-                                    name="head")
-        self.head_scale = self.add_weight(shape=(self.channels,), initializer=keras.initializers.Constant(0.1),
-                                          name="head_scale")
+        uniform, constant = keras.initializers.RandomUniform, keras.initializers.Constant
+        self.initial, self.step_sizes = [], []  # two groups of variables, each with an optimizer of its own
+        for layer in range(depth + 1):
+            inputs, limit = (dim, math.sqrt(6 / dim)) if layer else (2, 1 / 2)
+            matrix = ops.concatenate([uniform(-limit, limit)((inputs, dim)), ops.zeros((1, dim))], axis=0)
+            self.initial.append(self.add_weight(shape=matrix.shape, initializer=lambda *_, **__: matrix,
+                                                name=f"initial_{layer}"))
+            self.step_sizes.append(self.add_weight(shape=(1 if shared_step_sizes else inner_steps, *matrix.shape),
+                                                   initializer=uniform(0.1, 1.0), name=f"step_sizes_{layer}"))
+        limit = 1 / math.sqrt(dim)
+        self.head = self.add_weight(shape=(dim + 1, channels), initializer=uniform(-limit, limit), name="head")
+        self.head_scale = self.add_weight(shape=(channels,), initializer=constant(0.1), name="head_scale")
         self.built = True
 
     def parameters_for(self, steps):
         """Initial weights, head with its scale, and the step sizes of `steps` inner steps, as tensors."""
         if steps > self.inner_steps and not self.shared_step_sizes:
-            raise ValueError(f"{steps} inner steps need step sizes for each, this model has {self.inner_steps} sets: "
-                             f"take at most {self.inner_steps} steps, or train with shared_step_sizes=True")
+            raise ValueError(f"this model has step sizes for {self.inner_steps} inner steps, not for {steps}: take "
+                             "fewer, or train with shared_step_sizes=True")
         rates = [[matrix[0 if self.shared_step_sizes else step] for matrix in self.step_sizes] for step in range(steps)]
         return [ops.convert_to_tensor(matrix) for matrix in self.initial], self.head * self.head_scale, rates
 
@@ -201,7 +197,7 @@ class MetaSiren(keras.layers.Layer):
             return [(coords, pixels)] * (self.inner_steps + 1)
         samples = []
         for _ in range(self.inner_steps + 1):
-            # The first of a random order: drawn without replacement.
+            # The beginning of a random order: drawn without replacement.
             order = ops.argsort(keras.random.uniform((count, height * width), seed=self.seed_generator), axis=-1)
             chosen = order[:, :points]
             samples.append((ops.take(coords, chosen, axis=0), ops.take_along_axis(pixels, chosen[..., None], axis=1)))
@@ -209,28 +205,35 @@ class MetaSiren(keras.layers.Layer):
 
     def call(self, images, training=False):
         """images (N, H, W, C) in [-1, 1] -> tokens (N, L*D, D+1), errors (K+1, N)."""
-        weights, head, rates = self.parameters_for(self.inner_steps)
-        samples = self.sample_points(images, training)
-        adapted, errors = self.inner_loop(weights, rates, head, samples, self.omega)
-        return tokens_of(adapted, weights), errors
-
-    def compute_output_shape(self, input_shape):
-        return (input_shape[0], self.depth * self.dim, self.dim + 1), (self.inner_steps + 1, input_shape[0])
-
-
-def tokens_of(adapted, initial):
-    """Offsets of all hidden layers as tokens: token l*D + j holds what changed in the weights into neuron j of hidden
-    layer l, its bias last. The first layer is left out, as published."""
-    return ops.concatenate([ops.swapaxes(new - old, -2, -1) for new, old in zip(adapted[1:], initial[1:])], axis=1)
+        initial, head, rates = self.parameters_for(self.inner_steps)
+        adapted, errors = self.inner_loop(initial, rates, head, self.sample_points(images, training), self.omega)
+        # Token l*D + j: what changed in the weights into neuron j of hidden layer l, its bias last. The first layer is
+        # left out, as published.
+        offsets = [ops.swapaxes(new - old, -2, -1) for new, old in zip(adapted[1:], initial[1:])]
+        return ops.concatenate(offsets, axis=1), errors
 
 
-# ---- The Transformer ----
+# ---- The Transformer that classifies tokens ----
 
 
 def linear(inputs, units, **kwargs):
-    """Dense layer initialised as in the published code (PyTorch's default): kernel and bias U(±1/sqrt(inputs))."""
-    uniform = keras.initializers.RandomUniform(-1 / math.sqrt(inputs), 1 / math.sqrt(inputs))
-    return keras.layers.Dense(units, kernel_initializer=uniform, bias_initializer=uniform.clone(), **kwargs)
+    """Dense layer with PyTorch's initial values, which the published code relies on: U(±1/sqrt(inputs))."""
+    def uniform():
+        return keras.initializers.RandomUniform(-1 / math.sqrt(inputs), 1 / math.sqrt(inputs))
+    return keras.layers.Dense(units, kernel_initializer=uniform(), bias_initializer=uniform(), **kwargs)
+
+
+@keras.saving.register_keras_serializable("mwt")
+class LearnedBase(keras.layers.Layer):
+    """scale * (tokens + base): the learned base (T, D+1), which starts at 0, tells the tokens apart."""
+
+    def __init__(self, shape, scale, **kwargs):
+        super().__init__(**kwargs)
+        self.scale = scale
+        self.base = self.add_weight(shape=shape, initializer="zeros", name="base")
+
+    def call(self, tokens):
+        return self.scale * (tokens + self.base)
 
 
 @keras.saving.register_keras_serializable("mwt")
@@ -239,60 +242,34 @@ class Block(keras.layers.Layer):
 
     def __init__(self, dim, mlp_ratio, **kwargs):
         super().__init__(**kwargs)
-        self.dim, self.heads = dim, max(1, dim // 64)  # heads of 64
+        self.heads = max(1, dim // 64)  # heads of 64
         dtype = self.dtype_policy
-        self.norm1 = keras.layers.LayerNormalization(epsilon=1e-5, dtype=dtype)
+        self.norm1, self.norm2 = (keras.layers.LayerNormalization(epsilon=1e-5, dtype=dtype) for _ in range(2))
         self.qkv = linear(dim, 3 * dim, use_bias=False, dtype=dtype)
         self.project = linear(dim, dim, dtype=dtype)
-        self.norm2 = keras.layers.LayerNormalization(epsilon=1e-5, dtype=dtype)
         self.expand = linear(dim, mlp_ratio * dim, activation="gelu", dtype=dtype)
         self.reduce = linear(mlp_ratio * dim, dim, dtype=dtype)
-
-    def build(self, input_shape):
-        for layer in (self.norm1, self.qkv, self.project, self.norm2, self.expand):
-            layer.build(input_shape)
-        self.reduce.build((*input_shape[:-1], self.expand.units))
-        start = keras.initializers.Constant(0.1)
-        self.scale1 = self.add_weight(shape=(self.dim,), initializer=start, name="scale1")
-        self.scale2 = self.add_weight(shape=(self.dim,), initializer=start, name="scale2")
-        self.built = True
+        self.scale1, self.scale2 = (self.add_weight(shape=(dim,), initializer=keras.initializers.Constant(0.1),
+                                                    name=name) for name in ("scale1", "scale2"))
 
     def call(self, x):
-        count, tokens, dim = x.shape
-        qkv = ops.reshape(self.qkv(self.norm1(x)), (count, tokens, 3, self.heads, dim // self.heads))
+        _, tokens, dim = x.shape
+        qkv = ops.reshape(self.qkv(self.norm1(x)), (-1, tokens, 3, self.heads, dim // self.heads))
         attended = ops.dot_product_attention(*ops.unstack(qkv, axis=2))
-        x = x + self.scale1 * self.project(ops.reshape(attended, (count, tokens, dim)))
+        x = x + self.scale1 * self.project(ops.reshape(attended, (-1, tokens, dim)))
         return x + self.scale2 * self.reduce(self.expand(self.norm2(x)))
 
 
-@keras.saving.register_keras_serializable("mwt")
-class WeightTransformer(keras.layers.Layer):
-    """tokens (N, T, D+1) -> logits (N, num_classes): add a learned base, scale, embed, attend, average, classify."""
-
-    def __init__(self, num_classes, dim, blocks, mlp_ratio, token_scale, **kwargs):
-        super().__init__(**kwargs)
-        self.num_classes, self.token_scale = num_classes, token_scale
-        self.embed = linear(dim + 1, dim, dtype=self.dtype_policy)
-        self.blocks = [Block(dim, mlp_ratio, dtype=self.dtype_policy) for _ in range(blocks)]
-        self.classify = linear(dim, num_classes, dtype=self.dtype_policy)
-
-    def build(self, input_shape):
-        self.base = self.add_weight(shape=input_shape[1:], initializer="zeros", name="base")  # tells tokens apart
-        self.embed.build(input_shape)
-        embedded = (*input_shape[:-1], self.embed.units)
-        for block in self.blocks:
-            block.build(embedded)
-        self.classify.build((input_shape[0], self.embed.units))
-        self.built = True
-
-    def call(self, tokens):
-        x = self.embed(self.token_scale * (tokens + self.base))
-        for block in self.blocks:
-            x = block(x)
-        return self.classify(ops.mean(x, axis=1))
-
-    def compute_output_shape(self, input_shape):
-        return (input_shape[0], self.num_classes)
+def weight_transformer(num_classes, dim, depth, blocks, mlp_ratio, token_scale, dtype):
+    """Model from tokens (N, L*D, D+1) to logits (N, num_classes)."""
+    return keras.Sequential([
+        keras.Input((depth * dim, dim + 1)),
+        LearnedBase((depth * dim, dim + 1), token_scale, dtype=dtype),
+        linear(dim + 1, dim, dtype=dtype),
+        *[Block(dim, mlp_ratio, dtype=dtype) for _ in range(blocks)],
+        keras.layers.GlobalAveragePooling1D(dtype=dtype),
+        linear(dim, num_classes, dtype=dtype),
+    ], name="weight_transformer")
 
 
 # ---- Training ----
@@ -332,44 +309,38 @@ class MWT(keras.Model):
 
     The arguments are explained in `PAPER`. H and W are free, and may differ between training and use. `dtype` is the
     policy of the Transformer ("mixed_bfloat16" is fine); the SIREN keeps to its variables' type, because in bfloat16
-    the inner loop's gradients are off by tens of percent.
+    the inner loop's gradients are off by tens of percent. Raises ValueError for arguments that make no sense.
 
-    Metrics: loss = mse + cross entropy; mse, the reconstruction's mean squared error after the last inner step (on the
-    scale of [-1, 1]); psnr, the mean over images of 10 log10(4 / mse), in dB; accuracy.
+    Metrics: loss = mse + cross entropy; mse, the reconstruction's mean squared error after the last inner step, on the
+    scale of [-1, 1]; psnr, the mean over images of 10 log10(4 / mse), in dB; accuracy.
     """
 
     def __init__(self, channels=1, num_classes=10, dim=128, depth=4, omega=10.0, inner_steps=6, shared_step_sizes=False,
                  subsample=1.0, blocks=10, mlp_ratio=1, token_scale=500.0, task_weight=0.01, dtype=None, **kwargs):
         policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
         super().__init__(dtype=policy.variable_dtype, **kwargs)
+        if min(channels, num_classes, dim, depth, inner_steps, blocks, mlp_ratio) < 1:
+            raise ValueError("channels, num_classes, dim, depth, inner_steps, blocks and mlp_ratio must be at least 1")
+        if dim > 64 and dim % 64:
+            raise ValueError(f"dim must be a multiple of 64, or at most 64, for attention heads of 64; it is {dim}")
+        if not 0 < subsample <= 1:
+            raise ValueError(f"subsample must be above 0 and at most 1, the part of the points to use; it is {subsample}")
         self.config = dict(channels=channels, num_classes=num_classes, dim=dim, depth=depth, omega=omega,
                            inner_steps=inner_steps, shared_step_sizes=shared_step_sizes, subsample=subsample,
                            blocks=blocks, mlp_ratio=mlp_ratio, token_scale=token_scale, task_weight=task_weight,
                            dtype=policy.name)
-        if dim > 64 and dim % 64:
-            raise ValueError(f"dim must be a multiple of 64, or at most 64, for attention heads of 64; it is {dim}")
-        if not 0 < subsample <= 1:
-            raise ValueError(f"subsample is the part of the points to use, above 0 and at most 1; it is {subsample}")
-        if min(channels, num_classes, dim, depth, inner_steps, blocks, mlp_ratio) < 1:
-            raise ValueError("channels, num_classes, dim, depth, inner_steps, blocks and mlp_ratio must be at least 1")
         self.task_weight = task_weight
         self.siren = MetaSiren(channels, dim, depth, omega, inner_steps, shared_step_sizes, subsample,
                                dtype=policy.variable_dtype)
-        self.classifier = WeightTransformer(num_classes, dim, blocks, mlp_ratio, token_scale, dtype=policy)
+        self.classifier = weight_transformer(num_classes, dim, depth, blocks, mlp_ratio, token_scale, policy)
         self.input_spec = keras.layers.InputSpec(ndim=4, axes={-1: channels})
-        self.loss_tracker = keras.metrics.Mean(name="loss")
-        self.mse_tracker = keras.metrics.Mean(name="mse")
-        self.psnr_tracker = keras.metrics.Mean(name="psnr")
-        self.accuracy_tracker = keras.metrics.SparseCategoricalAccuracy(name="accuracy")
-
-    def build(self, input_shape):
-        self.siren.build(input_shape)
-        self.classifier.build(self.siren.compute_output_shape(input_shape)[0])
+        self.trackers = [keras.metrics.Mean(name=name) for name in ("loss", "mse", "psnr")]
+        self.trackers.append(keras.metrics.SparseCategoricalAccuracy(name="accuracy"))
         self.built = True
 
     def call(self, images, training=False):
         tokens, _ = self.siren(images, training=training)
-        return self.classifier(tokens)
+        return self.classifier(tokens, training=training)
 
     def reconstruct(self, images, steps=None, size=None):
         """What the SIREN shows before the first and after each inner step.
@@ -378,20 +349,19 @@ class MWT(keras.Model):
         size: (height, width) of the result, any, since the SIREN is a function of continuous coordinates; None: H, W.
         Returns a `float32` array (N, steps+1, height, width, C). Raises ValueError where step sizes are missing.
         """
+        siren = self.siren
         with torch.no_grad():
-            images = ops.convert_to_tensor(images, self.siren.dtype)
+            images = ops.convert_to_tensor(images, siren.dtype)
             count, height, width, channels = images.shape
-            pixels, coords = ops.reshape(images, (count, -1, channels)), coordinates(height, width)
-            weights, head, rates = self.siren.parameters_for(self.siren.inner_steps if steps is None else steps)
+            coords, pixels = coordinates(height, width), ops.reshape(images, (count, -1, channels))
+            weights, head, rates = siren.parameters_for(siren.inner_steps if steps is None else steps)
             height, width = size or (height, width)
-            grid, omega = coordinates(height, width), self.siren.omega
-            first = render(weights, head, grid, omega)  # the same for all images
-            stages = [ops.broadcast_to(first, (count, *first.shape))]
+            grid = coordinates(height, width)
+            stages = [ops.repeat(render(weights, head, grid, siren.omega)[None], count, axis=0)]
             for rate in rates:
-                weights, _ = inner_step(weights, rate, head, coords, pixels, omega)
-                stages.append(render(weights, head, grid, omega))
-            stages = ops.stack(stages, axis=1)
-            return ops.convert_to_numpy(ops.reshape(stages, (count, -1, height, width, channels)))
+                weights, _ = inner_step(weights, rate, head, coords, pixels, siren.omega)
+                stages.append(render(weights, head, grid, siren.omega))
+            return ops.convert_to_numpy(ops.reshape(ops.stack(stages, axis=1), (count, -1, height, width, channels)))
 
     def compile(self, total_steps, siren_rate=1e-4, step_size_rate=1e-2, classifier_rate=1e-4, warmup=0.05,
                 weight_decay=1e-4, clip_norm=1.0, jit_compile=False):
@@ -406,31 +376,24 @@ class MWT(keras.Model):
                                    clip_norm=clip_norm, jit_compile=jit_compile)
         if jit_compile:
             self.siren.inner_loop = torch.compile(inner_loop, fullgraph=True)
-        self.siren_optimizer, self.step_size_optimizer, self.classifier_optimizer = (
-            keras.optimizers.AdamW(OneCycle(peak, total_steps, warmup), weight_decay=weight_decay, epsilon=1e-8,
-                                   global_clipnorm=clip_norm, name=name)
-            for peak, name in ((siren_rate, "siren_adamw"), (step_size_rate, "step_size_adamw"),
-                               (classifier_rate, "classifier_adamw")))
-        if self.built:
-            self.build_optimizers()
-
-    def optimizer_groups(self):
-        """Pairs of an optimizer and the variables that it alone updates."""
-        siren = self.siren
-        return ((self.siren_optimizer, [*siren.initial, siren.head, siren.head_scale]),
-                (self.step_size_optimizer, siren.step_sizes),
-                (self.classifier_optimizer, self.classifier.trainable_variables))
-
-    def build_optimizers(self):
-        for optimizer, variables in self.optimizer_groups():
+        self.schedules = [OneCycle(peak, total_steps, warmup) for peak in (siren_rate, step_size_rate, classifier_rate)]
+        self.optimizers = [  # an attribute of the model, so saved and restored with it
+            keras.optimizers.AdamW(schedule, weight_decay=weight_decay, epsilon=1e-8, global_clipnorm=clip_norm)
+            for schedule in self.schedules]
+        for optimizer, variables in zip(self.optimizers, self.variable_groups()):
             optimizer.build(variables)
 
+    def variable_groups(self):
+        """Variables of the SIREN, of the step sizes, of the classifier: three lists, in the order of the optimizers."""
+        siren = self.siren
+        return [*siren.initial, siren.head, siren.head_scale], siren.step_sizes, self.classifier.trainable_variables
+
     def losses(self, images, labels, sample_weight=None, training=False):
-        """logits (N, num_classes), reconstruction errors (N,) after the last step, mean cross entropy."""
+        """Logits (N, num_classes), reconstruction errors (N,) after the last inner step, mean cross entropy."""
         tokens, errors = self.siren(images, training=training)
-        # The classifier's gradient passes to the SIREN times task_weight; the classifier gets it whole.
+        # The classifier's gradient reaches the SIREN times task_weight, and the classifier whole.
         tokens = self.task_weight * tokens + (1 - self.task_weight) * ops.stop_gradient(tokens)
-        logits = ops.cast(self.classifier(tokens), "float32")
+        logits = ops.cast(self.classifier(tokens, training=training), "float32")
         cross_entropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)(labels, logits, sample_weight)
         return logits, errors[-1], cross_entropy
 
@@ -440,8 +403,8 @@ class MWT(keras.Model):
         self.zero_grad()
         (ops.mean(errors) + cross_entropy).backward()
         with torch.no_grad():
-            for optimizer, variables in self.optimizer_groups():
-                optimizer.beta_1 = optimizer._learning_rate.beta_1(optimizer.iterations)
+            for optimizer, schedule, variables in zip(self.optimizers, self.schedules, self.variable_groups()):
+                optimizer.beta_1 = schedule.beta_1(optimizer.iterations)
                 optimizer.apply([variable.value.grad for variable in variables], variables)
             return self.update_metrics(labels, logits, errors, cross_entropy, sample_weight)
 
@@ -450,16 +413,16 @@ class MWT(keras.Model):
         return self.update_metrics(labels, *self.losses(images, labels, sample_weight), sample_weight)
 
     def update_metrics(self, labels, logits, errors, cross_entropy, sample_weight):
-        count = logits.shape[0]
-        self.loss_tracker.update_state(ops.mean(errors) + cross_entropy, sample_weight=count)
-        self.mse_tracker.update_state(errors)
-        self.psnr_tracker.update_state(10 * ops.log10(4 / errors))
-        self.accuracy_tracker.update_state(labels, logits, sample_weight)
+        loss, mse, psnr, accuracy = self.trackers
+        loss.update_state(ops.mean(errors) + cross_entropy, sample_weight=len(errors))
+        mse.update_state(errors)
+        psnr.update_state(10 * ops.log10(4 / errors))
+        accuracy.update_state(labels, logits, sample_weight)
         return self.get_metrics_result()
 
     @property
     def metrics(self):
-        return [self.loss_tracker, self.mse_tracker, self.psnr_tracker, self.accuracy_tracker]
+        return self.trackers
 
     def get_config(self):
         return {"name": self.name, **self.config}
