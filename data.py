@@ -73,9 +73,9 @@ def shapes(indices, size=28, channels=1, noise=0.0, seed=0):
     # Philox maps (key, counter) to random numbers directly: sample i costs the same wherever it stands.
     generators = [np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, i])) for i in indices]
     uniform = np.array([g.random(10) for g in generators]).reshape(len(indices), 10)
-    radius = 0.4 + 0.3 * uniform[:, 0]                                  # (N,) half the shape's extent; the image's is 1
-    center = (1 - 1.15 * radius[:, None]) * (2 * uniform[:, 1:3] - 1)   # (N, 2) keeps nearly all of it in sight
-    angle = 2 * np.pi * uniform[:, 3]
+    radius = 0.5 + 0.25 * uniform[:, 0]                                 # (N,) half the shape's extent; the image's is 1
+    center = 0.25 * (2 * uniform[:, 1:3] - 1)                           # (N, 2) 3.4 pixels of 28 to each side
+    angle = np.pi / 6 * (2 * uniform[:, 3] - 1)                         # 30 degrees to each side
     background = 0.35 * uniform[:, 4:7][:, :channels]                   # (N, C)
     foreground = 0.6 + 0.4 * uniform[:, 7:10][:, :channels]             # (N, C) at least 0.25 brighter
 

@@ -195,13 +195,11 @@ class MetaSiren(keras.layers.Layer):
         points = max(1, round(self.subsample * height * width))
         if not training or points == height * width:
             return [(coords, pixels)] * (self.inner_steps + 1)
-        samples = []
-        for _ in range(self.inner_steps + 1):
-            # The beginning of a random order: drawn without replacement.
-            order = ops.argsort(keras.random.uniform((count, height * width), seed=self.seed_generator), axis=-1)
-            chosen = order[:, :points]
-            samples.append((ops.take(coords, chosen, axis=0), ops.take_along_axis(pixels, chosen[..., None], axis=1)))
-        return samples
+        # The largest of random numbers: drawn without replacement, several times faster than by sorting.
+        random = keras.random.uniform((self.inner_steps + 1, count, height * width), seed=self.seed_generator)
+        _, chosen = ops.top_k(random, points, sorted=False)
+        return [(ops.take(coords, drawn, axis=0), ops.take_along_axis(pixels, drawn[..., None], axis=1))
+                for drawn in ops.unstack(chosen)]
 
     def call(self, images, training=False):
         """images (N, H, W, C) in [-1, 1] -> tokens (N, L*D, D+1), errors (K+1, N)."""

@@ -629,11 +629,17 @@ def test_options_change_the_preset_they_start_from():
 
 
 def test_benchmark(capsys):
-    assert train.main(["--benchmark", *TINY, "--image-size", "8", "--subsample", "1"]) == 0
+    assert train.main(["--benchmark", "--image-size", "8", "--batch-size", "16", "--inner-steps", "2", "--dim", "32",
+                       "--depth", "2", "--subsample", "1", "--blocks", "3"]) == 0
     figures = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert figures.keys() == {"ms_per_step", "images_per_second", "peak_memory_mb", "gflop_per_step", "matmul_gflops",
                               "share_of_matmul_rate"}
     assert all(value > 0 for value in figures.values())
+    # An inner step costs three passes, and training triples everything but the gradients of what is not learned.
+    siren = 64 * (2 * 32 + 2 * 32**2 + 32)
+    transformer = 64 * (33 * 32 + 3 * (6 * 32**2 + 2 * 64 * 32))
+    expected = 2 * 16 * ((2 * 9 + 3) * siren + 3 * transformer) / 1e9
+    assert 0.75 * expected < figures["gflop_per_step"] <= 1.05 * expected
 
 
 # ---- README.md ----
