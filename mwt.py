@@ -53,8 +53,8 @@ PAPER = dict(
 )
 PRESETS = {
     # The best accuracy on MNIST within 15 minutes on two CPU cores, found on held-out training images.
-    "quick": {**PAPER, "dim": 64, "depth": 1, "inner_steps": 3, "subsample": 0.25, "blocks": 4, "task_weight": 1.0,
-              "siren_rate": 2e-3, "classifier_rate": 1e-3, "batch_size": 32, "epochs": 6},
+    "quick": {**PAPER, "dim": 64, "depth": 1, "inner_steps": 6, "subsample": 0.25, "blocks": 3, "task_weight": 1.0,
+              "siren_rate": 3e-3, "step_size_rate": 3e-2, "classifier_rate": 2e-3, "batch_size": 32, "epochs": 5},
     "paper": PAPER,                                      # MWT
     "paper-large": {**PAPER, "dim": 256},                # MWT-L
     "paper-wide": {**PAPER, "mlp_ratio": 4},             # MWT-W
@@ -152,6 +152,7 @@ def inner_loop(weights, step_sizes, head, samples, omega):
     return weights, ops.stack(errors)
 
 
+@keras.saving.register_keras_serializable("mwt")
 class MetaSiren(keras.layers.Layer):
     """Learned initialisation, step sizes and head of the SIREN; adapts them to images.
 
@@ -282,20 +283,20 @@ class OneCycle(keras.optimizers.schedules.LearningRateSchedule):
     def __init__(self, peak, total_steps, warmup):
         self.peak, self.total_steps, self.warmup = peak, total_steps, warmup
 
-    def _rising_and_height(self, step):
-        """Whether the rate still rises, and how far between its lowest (0) and its peak (1) it is."""
-        step = ops.cast(step, "float32")
-        top, end = max(self.warmup * self.total_steps - 1, 1e-3), self.total_steps - 1
-        way = ops.where(step < top, step / top, 1 + (step - top) / max(end - top, 1e-3))  # 0 start, 1 peak, 2 end
-        return way < 1, (1 - ops.cos(math.pi * ops.minimum(way, 2.0))) / 2
+    def height(self, step):
+        """How far the rate is between its lowest (0) and its peak (1), and whether it still rises."""
+        top, end = self.warmup * self.total_steps - 1, self.total_steps - 1
+        rising = step < top
+        way = step / top if rising else 1 + min(1, (step - top) / max(1, end - top))  # 0 at first, 1 at the peak, 2 last
+        return (1 - math.cos(math.pi * way)) / 2, rising
 
     def __call__(self, step):
-        rising, height = self._rising_and_height(step)
-        lowest = ops.where(rising, self.peak / 25, self.peak / 250_000)
+        height, rising = self.height(int(step))
+        lowest = self.peak / 25 if rising else self.peak / 250_000
         return lowest + (self.peak - lowest) * height
 
     def beta_1(self, step):
-        return 0.95 - 0.1 * float(self._rising_and_height(step)[1])
+        return 0.95 - 0.1 * self.height(int(step))[0]
 
     def get_config(self):
         return {"peak": self.peak, "total_steps": self.total_steps, "warmup": self.warmup}
@@ -315,6 +316,7 @@ class MWT(keras.Model):
 
     def __init__(self, channels=1, num_classes=10, dim=128, depth=4, omega=10.0, inner_steps=6, shared_step_sizes=False,
                  subsample=1.0, blocks=10, mlp_ratio=1, token_scale=500.0, task_weight=0.01, dtype=None, **kwargs):
+        config = {name: value for name, value in locals().items() if name in {*PAPER, "channels", "num_classes"}}
         policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
         super().__init__(dtype=policy.variable_dtype, **kwargs)
         if min(channels, num_classes, dim, depth, inner_steps, blocks, mlp_ratio) < 1:
@@ -323,10 +325,7 @@ class MWT(keras.Model):
             raise ValueError(f"dim must be a multiple of 64, or at most 64, for attention heads of 64; it is {dim}")
         if not 0 < subsample <= 1:
             raise ValueError(f"subsample must be above 0 and at most 1, the part of the points to use; it is {subsample}")
-        self.config = dict(channels=channels, num_classes=num_classes, dim=dim, depth=depth, omega=omega,
-                           inner_steps=inner_steps, shared_step_sizes=shared_step_sizes, subsample=subsample,
-                           blocks=blocks, mlp_ratio=mlp_ratio, token_scale=token_scale, task_weight=task_weight,
-                           dtype=policy.name)
+        self.config = {**config, "dtype": policy.name}
         self.task_weight = task_weight
         self.siren = MetaSiren(channels, dim, depth, omega, inner_steps, shared_step_sizes, subsample,
                                dtype=policy.variable_dtype)
@@ -347,18 +346,18 @@ class MWT(keras.Model):
         size: (height, width) of the result, any, since the SIREN is a function of continuous coordinates; None: H, W.
         Returns a `float32` array (N, steps+1, height, width, C). Raises ValueError where step sizes are missing.
         """
-        siren = self.siren
+        siren, omega = self.siren, self.siren.omega
         with torch.no_grad():
             images = ops.convert_to_tensor(images, siren.dtype)
+            coords, pixels = siren.sample_points(images, training=False)[0]
             count, height, width, channels = images.shape
-            coords, pixels = coordinates(height, width), ops.reshape(images, (count, -1, channels))
-            weights, head, rates = siren.parameters_for(siren.inner_steps if steps is None else steps)
             height, width = size or (height, width)
             grid = coordinates(height, width)
-            stages = [ops.repeat(render(weights, head, grid, siren.omega)[None], count, axis=0)]
+            weights, head, rates = siren.parameters_for(siren.inner_steps if steps is None else steps)
+            stages = [ops.repeat(render(weights, head, grid, omega)[None], count, axis=0)]
             for rate in rates:
-                weights, _ = inner_step(weights, rate, head, coords, pixels, siren.omega)
-                stages.append(render(weights, head, grid, siren.omega))
+                weights, _ = inner_step(weights, rate, head, coords, pixels, omega)
+                stages.append(render(weights, head, grid, omega))
             return ops.convert_to_numpy(ops.reshape(ops.stack(stages, axis=1), (count, -1, height, width, channels)))
 
     def compile(self, total_steps, siren_rate=1e-4, step_size_rate=1e-2, classifier_rate=1e-4, warmup=0.05,
@@ -368,10 +367,9 @@ class MWT(keras.Model):
         The rates are the schedule's peaks, clip_norm bounds each group's gradient. jit_compile compiles the inner loop,
         a pure function, with `torch.compile`: minutes at the start, for shorter steps.
         """
+        self.compile_config = {name: value for name, value in locals().items()
+                               if name in {*PAPER, "total_steps"}}  # not jit_compile: that is this process's choice
         super().compile(optimizer=None, jit_compile=False)
-        self.compile_config = dict(total_steps=total_steps, siren_rate=siren_rate, step_size_rate=step_size_rate,
-                                   classifier_rate=classifier_rate, warmup=warmup, weight_decay=weight_decay,
-                                   clip_norm=clip_norm, jit_compile=jit_compile)
         if jit_compile:
             self.siren.inner_loop = torch.compile(inner_loop, fullgraph=True)
         self.schedules = [OneCycle(peak, total_steps, warmup) for peak in (siren_rate, step_size_rate, classifier_rate)]

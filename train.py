@@ -14,7 +14,6 @@ import math
 import os
 import pathlib
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -130,7 +129,7 @@ def build_model(options, method, hyperparameters, channels, num_classes, total_s
 
 
 class KeepGoodWeights(keras.callbacks.Callback):
-    """Stops when the loss is not a number, and puts back the weights of the last whole epoch."""
+    """When the loss is not a number, stops and puts back the weights of the last whole epoch."""
 
     failed = None
 
@@ -205,8 +204,8 @@ def train(options, method, hyperparameters):
           f"{len(held_out):,} for validation, {len(dataset.test_images):,} for the test; {device_name()}")
     guard, times = KeepGoodWeights(), EpochTimes()
     model.fit(batches, epochs=epochs, validation_data=validation if len(held_out) else None,
-              callbacks=[guard, times, keras.callbacks.CSVLogger(folder / "history.csv")])
-    model.save(folder / "model.keras")
+              callbacks=[guard, times, keras.callbacks.CSVLogger(folder / "history.csv"),
+                         keras.callbacks.ModelCheckpoint(folder / "model.keras")])
     if guard.failed:
         print(f"train.py: {guard.failed}: stopped; {folder / 'model.keras'} holds the weights after epoch "
               f"{guard.epoch}. Lower the learning rates, or change --seed.", file=sys.stderr)
@@ -230,7 +229,6 @@ def draw_reconstructions(model, images, path):
     from matplotlib.figure import Figure
 
     stages = model.reconstruct(images)                                        # (N, steps+1, H, W, C)
-    psnr = 10 * np.log10(4 / np.mean((stages - images[:, None]) ** 2, axis=(2, 3, 4)))
     rows, columns = len(images), stages.shape[1] + 1
     figure = Figure(figsize=(1.3 * columns, 1.5 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
@@ -238,7 +236,7 @@ def draw_reconstructions(model, images, path):
         for column in range(columns):
             picture = images[row] if column == 0 else stages[row, column - 1]
             axes[row, column].imshow(np.clip(picture / 2 + 0.5, 0, 1).squeeze(), cmap="gray", vmin=0, vmax=1)
-            title = f"{psnr[row, column - 1]:.1f} dB" if column else ""
+            title = f"{float(keras.ops.psnr(images[row], picture, 2.0)):.1f} dB" if column else ""
             if row == 0:
                 title = (f"step {column - 1}" if column else "input") + f"\n{title}"
             axes[row, column].set_title(title, fontsize=9)
@@ -298,6 +296,8 @@ def benchmark(options, method, hyperparameters):
     if device == "cuda":
         memory = torch.cuda.max_memory_allocated() / 2**20
     else:
+        import resource  # not on Windows
+
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     # Counted on the eager form, with attention as two plain products: the counter knows these on every device.
     options.compile = False
