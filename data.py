@@ -44,8 +44,8 @@ def load(name, data_dir=None, image_size=None, seed=0):
     that they cover the square, then cropped to it about their middle.
     seed: of "shapes", which other datasets ignore.
 
-    Raises DataError for an unknown name, for a dataset that has not one image
-    and one label per example, and for one that is neither on disk nor can be downloaded.
+    Raises DataError for an unknown name, for a dataset without one image and one label per example or without training
+    and test split, for images that differ in size without image_size, and where neither disk nor network has it.
     """
     if name == "shapes":
         size = image_size or 28
@@ -135,6 +135,9 @@ def _polygon(x, y, sides, radius):
 
 # ---- TensorFlow Datasets ----
 
+# Datasets of characters: mirrored, most of them are none, or others.
+NO_FLIP = {"mnist", "emnist", "kmnist", "binarized_mnist", "svhn_cropped", "omniglot", "quickdraw_bitmap"}
+
 
 def _load_tfds(name, data_dir, image_size):
     import tensorflow_datasets as tfds  # here, because `shapes` and `--help` need none of it
@@ -145,7 +148,7 @@ def _load_tfds(name, data_dir, image_size):
         if not builder.is_prepared():
             # ArrayRecord is the format that TFDS reads without TensorFlow; it is not its default.
             builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-    except ValueError as error:  # DatasetNotFoundError is one
+    except (ValueError, AssertionError) as error:  # of the name, of its configuration, of its version
         raise DataError(f"unknown dataset {name!r}: use shapes, mnist, fashion_mnist, cifar10, cifar100, "
                         "imagenette/320px-v2 or another image classification dataset of TFDS") from error
     features = builder.info.features
@@ -154,6 +157,8 @@ def _load_tfds(name, data_dir, image_size):
             and isinstance(features.get("label"), tfds.features.ClassLabel)):
         raise DataError(f"{name} is not an image classification dataset: its examples hold "
                         f"{', '.join(features) or 'no named features'} where one image and one label are needed")
+    if image_size is None and None in features["image"].shape[:2]:
+        raise DataError(f"the images of {name} differ in size: give one with --image-size, for example --image-size 64")
     if not builder.is_prepared():
         try:
             builder.download_and_prepare()
@@ -161,9 +166,12 @@ def _load_tfds(name, data_dir, image_size):
             raise DataError(f"{name} is not prepared in {where} and could not be downloaded "
                             f"({type(error).__name__}: {' '.join(str(error).split())[:120]}): point --data-dir or "
                             "TFDS_DATA_DIR to a folder that holds it, or use --dataset shapes") from error
-    test = "test" if "test" in builder.info.splits else "validation"
+    splits = list(builder.info.splits)
+    test = "test" if "test" in splits else "validation"
+    if not {"train", test} <= {*splits}:
+        raise DataError(f"{name} has the splits {', '.join(splits)}, where train and test (or validation) are needed")
     return Dataset(*_read_split(tfds, builder, "train", image_size), *_read_split(tfds, builder, test, image_size),
-                   class_names=tuple(features["label"].names), flip="mnist" not in name)
+                   class_names=tuple(features["label"].names), flip=builder.name not in NO_FLIP)
 
 
 def _read_split(tfds, builder, split, image_size):
@@ -173,15 +181,11 @@ def _read_split(tfds, builder, split, image_size):
     else:
         source = list(tfds.as_numpy(builder.as_dataset(split=split)))
     images, labels = [], []
-    for start in range(0, len(source), 1000):  # in parts: full-size images of a large dataset need not fit in memory
+    for start in range(0, len(source), 1000):  # in parts: only resized images are kept
         part = range(start, min(start + 1000, len(source)))
         examples = source.__getitems__(part) if hasattr(source, "__getitems__") else [source[i] for i in part]
         images += [_resize(example["image"], image_size) for example in examples]
         labels += [example["label"] for example in examples]
-    sizes = {image.shape for image in images}
-    if len(sizes) > 1:
-        raise DataError(f"the images of {builder.info.name} have {len(sizes)} different sizes: give one with "
-                        "--image-size, for example --image-size 64")
     images, labels = np.stack(images), np.array(labels, np.int64)
     if labels.min() < 0:
         raise DataError(f"split {split!r} of {builder.info.name} has no labels")
@@ -236,7 +240,7 @@ class Batches(keras.utils.PyDataset):
 
 
 def augment(images, rng, flip):
-    """images (N, H, W, C) -> the same shape, each shifted by up to 4 pixels over its reflection, and mirrored or not."""
+    """images (N, H, W, C) -> the same shape, shifted by up to 4 pixels over the reflection, and mirrored or not."""
     count, height, width, _ = images.shape
     padded = keras.ops.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)), mode="reflect")
     rows = rng.integers(0, 9, count)[:, None] + np.arange(height)          # (N, H)

@@ -30,6 +30,9 @@ import keras
 import torch
 from keras import ops
 
+if keras.backend.backend() != "torch":
+    raise ImportError("this file needs Keras on PyTorch: set KERAS_BACKEND=torch before keras is imported")
+
 # Hyperparameters of the paper; the settings that it names differ from it in one entry each.
 PAPER = dict(
     dim=128,               # D, also the Transformer's width
@@ -82,7 +85,7 @@ def mean_square(residual):
 
 
 def render(weights, head, coords, omega):
-    """The SIREN: colours (N, P, C) at coords; arguments as in the table at the top, omega scales the first layer.
+    """The SIREN: colours (N, P, C) at coords, or (P, C) where neither weights nor coords differ per image.
 
     sin(omega * (coords W0 + b0)), then sin(h W + b) per hidden layer, then the head, as published.
     """
@@ -164,16 +167,17 @@ class MetaSiren(keras.layers.Layer):
         super().__init__(**kwargs)
         self.omega, self.inner_steps, self.shared_step_sizes = omega, inner_steps, shared_step_sizes
         self.subsample = subsample
-        self.seed_generator = keras.random.SeedGenerator()  # its state is saved with the weights
+        self.seed_generator = keras.random.SeedGenerator()
         self.inner_loop = inner_loop  # or its compiled form
         uniform, constant = keras.initializers.RandomUniform, keras.initializers.Constant
         self.initial, self.step_sizes = [], []  # two groups of variables, each with an optimizer of its own
         for layer in range(depth + 1):
             inputs, limit = (dim, math.sqrt(6 / dim)) if layer else (2, 1 / 2)
-            matrix = ops.concatenate([uniform(-limit, limit)((inputs, dim)), ops.zeros((1, dim))], axis=0)
-            self.initial.append(self.add_weight(shape=matrix.shape, initializer=lambda *_, **__: matrix,
-                                                name=f"initial_{layer}"))
-            self.step_sizes.append(self.add_weight(shape=(1 if shared_step_sizes else inner_steps, *matrix.shape),
+            shape = (inputs + 1, dim)
+            matrix = self.add_weight(shape=shape, initializer=uniform(-limit, limit), name=f"initial_{layer}")
+            matrix.assign(ops.concatenate([matrix[:-1], ops.zeros((1, dim), matrix.dtype)]))  # biases 0
+            self.initial.append(matrix)
+            self.step_sizes.append(self.add_weight(shape=(1 if shared_step_sizes else inner_steps, *shape),
                                                    initializer=uniform(0.1, 1.0), name=f"step_sizes_{layer}"))
         limit = 1 / math.sqrt(dim)
         self.head = self.add_weight(shape=(dim + 1, channels), initializer=uniform(-limit, limit), name="head")
@@ -191,6 +195,8 @@ class MetaSiren(keras.layers.Layer):
     def sample_points(self, images, training):
         """K+1 pairs (coords, pixels): in training a new random part of the points for each image and pair, else all."""
         count, height, width, channels = images.shape
+        if channels != self.head.shape[1]:
+            raise ValueError(f"images must have {self.head.shape[1]} channels in their last axis; got {images.shape}")
         coords = coordinates(height, width, self.dtype)
         pixels = ops.reshape(images, (count, -1, channels))
         points = max(1, round(self.subsample * height * width))
@@ -266,8 +272,8 @@ def weight_transformer(num_classes, dim, depth, blocks, mlp_ratio, token_scale, 
         LearnedBase((depth * dim, dim + 1), token_scale, dtype=dtype),
         linear(dim + 1, dim, dtype=dtype),
         *[Block(dim, mlp_ratio, dtype=dtype) for _ in range(blocks)],
-        keras.layers.GlobalAveragePooling1D(dtype=dtype),
-        linear(dim, num_classes, dtype=dtype),
+        keras.layers.GlobalAveragePooling1D("channels_last", dtype=dtype),
+        linear(dim, num_classes, dtype=dtype.variable_dtype),  # logits in full precision
     ], name="weight_transformer")
 
 
@@ -287,7 +293,7 @@ class OneCycle(keras.optimizers.schedules.LearningRateSchedule):
         """How far the rate is between its lowest (0) and its peak (1), and whether it still rises."""
         top, end = self.warmup * self.total_steps - 1, self.total_steps - 1
         rising = step < top
-        way = step / top if rising else 1 + min(1, (step - top) / max(1, end - top))  # 0 at first, 1 at the peak, 2 last
+        way = step / top if rising else 1 + min(1, (step - top) / max(1, end - top))  # 0 first, 1 at the peak, 2 last
         return (1 - math.cos(math.pi * way)) / 2, rising
 
     def __call__(self, step):
@@ -324,13 +330,12 @@ class MWT(keras.Model):
         if dim > 64 and dim % 64:
             raise ValueError(f"dim must be a multiple of 64, or at most 64, for attention heads of 64; it is {dim}")
         if not 0 < subsample <= 1:
-            raise ValueError(f"subsample must be above 0 and at most 1, the part of the points to use; it is {subsample}")
+            raise ValueError(f"subsample, a part of the points, must be above 0 and at most 1; it is {subsample}")
         self.config = {**config, "dtype": policy.name}
         self.task_weight = task_weight
         self.siren = MetaSiren(channels, dim, depth, omega, inner_steps, shared_step_sizes, subsample,
                                dtype=policy.variable_dtype)
         self.classifier = weight_transformer(num_classes, dim, depth, blocks, mlp_ratio, token_scale, policy)
-        self.input_spec = keras.layers.InputSpec(ndim=4, axes={-1: channels})
         self.trackers = [keras.metrics.Mean(name=name) for name in ("loss", "mse", "psnr")]
         self.trackers.append(keras.metrics.SparseCategoricalAccuracy(name="accuracy"))
         self.built = True
@@ -352,21 +357,26 @@ class MWT(keras.Model):
             coords, pixels = siren.sample_points(images, training=False)[0]
             count, height, width, channels = images.shape
             height, width = size or (height, width)
-            grid = coordinates(height, width)
+            grid = coordinates(height, width, siren.dtype)
             weights, head, rates = siren.parameters_for(siren.inner_steps if steps is None else steps)
             stages = [ops.repeat(render(weights, head, grid, omega)[None], count, axis=0)]
             for rate in rates:
                 weights, _ = inner_step(weights, rate, head, coords, pixels, omega)
                 stages.append(render(weights, head, grid, omega))
-            return ops.convert_to_numpy(ops.reshape(ops.stack(stages, axis=1), (count, -1, height, width, channels)))
+            stages = ops.cast(ops.stack(stages, axis=1), "float32")
+            return ops.convert_to_numpy(ops.reshape(stages, (count, -1, height, width, channels)))
 
     def compile(self, total_steps, siren_rate=1e-4, step_size_rate=1e-2, classifier_rate=1e-4, warmup=0.05,
                 weight_decay=1e-4, clip_norm=1.0, jit_compile=False):
         """One AdamW per group of variables, on the one-cycle schedule over total_steps training steps.
 
-        The rates are the schedule's peaks, clip_norm bounds each group's gradient. jit_compile compiles the inner loop,
-        a pure function, with `torch.compile`: minutes at the start, for shorter steps.
+        total_steps: epochs times batches of the training to come; at its end the rates are nearly 0 and stay there.
+        The rates given are the peaks; clip_norm bounds each group's gradient. jit_compile compiles the inner loop, a
+        pure function, with `torch.compile`: minutes at the start, for shorter steps. Raises ValueError for a warmup
+        that is no part of the steps.
         """
+        if not 0 <= warmup <= 1:
+            raise ValueError(f"warmup, a part of the steps, must be between 0 and 1; it is {warmup}")
         self.compile_config = {name: value for name, value in locals().items()
                                if name in {*PAPER, "total_steps"}}  # not jit_compile: that is this process's choice
         super().compile(optimizer=None, jit_compile=False)
@@ -385,11 +395,12 @@ class MWT(keras.Model):
         return [*siren.initial, siren.head, siren.head_scale], siren.step_sizes, self.classifier.trainable_variables
 
     def losses(self, images, labels, sample_weight=None, training=False):
-        """Logits (N, num_classes), reconstruction errors (N,) after the last inner step, mean cross entropy."""
+        """Logits (N, num_classes), reconstruction errors (N,) after the last inner step, mean cross entropy, to which
+        alone sample_weight (N,) applies."""
         tokens, errors = self.siren(images, training=training)
         # The classifier's gradient reaches the SIREN times task_weight, and the classifier whole.
         tokens = self.task_weight * tokens + (1 - self.task_weight) * ops.stop_gradient(tokens)
-        logits = ops.cast(self.classifier(tokens, training=training), "float32")
+        logits = self.classifier(tokens, training=training)
         cross_entropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)(labels, logits, sample_weight)
         return logits, errors[-1], cross_entropy
 

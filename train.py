@@ -14,6 +14,7 @@ import math
 import os
 import pathlib
 import platform
+import random
 import statistics
 import sys
 import time
@@ -47,10 +48,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def at_least(lowest):
-    """Type of an option that is a whole number from `lowest` up."""
+    """Type of an option that is a whole number from `lowest` up, below 2³²."""
     def whole_number(text):
-        if not text.lstrip("-").isdigit() or int(text) < lowest:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {lowest} up")
+        if not text.lstrip("-").isdigit() or not lowest <= int(text) < 2**32:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {lowest} up (and below 2**32)")
         return int(text)
     return whole_number
 
@@ -80,27 +81,31 @@ def type_like(value):
 def parse(arguments):
     """Options as a namespace, the method's module, and its preset with the options' changes."""
     first = Parser(add_help=False)
-    first.add_argument("--method", choices=METHODS, default="mwt")
+    first.add_argument("--method", choices=METHODS, default="mwt", help="default: mwt")
     method = importlib.import_module(first.parse_known_args(arguments)[0].method)
 
-    parser = Parser(description=__doc__.splitlines()[0], parents=[first], allow_abbrev=False,
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--dataset", default="shapes", help="shapes, or the TFDS name of an image classification "
-                        "dataset: mnist, fashion_mnist, cifar10, cifar100, imagenette/320px-v2, …")
-    parser.add_argument("--preset", choices=method.PRESETS, default="quick", help="hyperparameters to start from")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of the weights, the order of the data, and shapes")
-    parser.add_argument("--limit", type=at_least(1), help="train on that many images at most")
-    parser.add_argument("--validation-images", type=at_least(0), default=2000,
-                        help="held out of the training split and evaluated after each epoch; 0 trains on everything")
-    parser.add_argument("--image-size", type=at_least(8), help="scale and crop all images to that many pixels squared")
+    parser = Parser(description=__doc__.splitlines()[0], parents=[first], allow_abbrev=False)
+    parser.add_argument("--dataset", default="shapes", help="shapes (default), or the TFDS name of an image "
+                        "classification dataset: mnist, fashion_mnist, cifar10, cifar100, imagenette/320px-v2, …")
+    parser.add_argument("--preset", choices=method.PRESETS, default="quick",
+                        help="hyperparameters to start from (default: quick)")
+    parser.add_argument("--seed", type=at_least(0), default=0,
+                        help="of the weights, the order of the data, and shapes (default: 0)")
+    parser.add_argument("--limit", type=at_least(1), help="train on that many images at most (default: all)")
+    parser.add_argument("--validation-images", type=at_least(0), default=2000, help="held out of the training split "
+                        "and evaluated after each epoch; 0 trains on everything (default: 2000)")
+    parser.add_argument("--image-size", type=at_least(8), help="scale and crop all images to that many pixels squared "
+                        "(default: the dataset's own size)")
     parser.add_argument("--augment", action="store_true", help="shift, and where classes allow it mirror, at random")
-    parser.add_argument("--data-dir", help="where TFDS keeps datasets (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)")
+    parser.add_argument("--data-dir",
+                        help="where TFDS keeps datasets (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)")
     parser.add_argument("--run-dir", type=pathlib.Path, help="folder to write (default: "
                         "runs/<method>-<dataset>-<preset>-<seed>)")
-    parser.add_argument("--precision", choices=["float32", "mixed_bfloat16"], default="float32")
+    parser.add_argument("--precision", choices=["float32", "mixed_bfloat16"], default="float32",
+                        help="mixed_bfloat16 keeps the inner loop in float32 (default: float32)")
     parser.add_argument("--compile", action="store_true", help="compile the method's inner loop (minutes at the start)")
-    parser.add_argument("--benchmark", action="store_true", help="time training steps and stop")
-    group = parser.add_argument_group("hyperparameters (default: the preset's)")
+    parser.add_argument("--benchmark", action="store_true", help="time training steps, train nothing")
+    group = parser.add_argument_group("hyperparameters", f"explained in {method.__name__}.py; default: the preset's")
     for name, value in method.PRESETS["quick"].items():
         group.add_argument("--" + name.replace("_", "-"), type=type_like(value), metavar=type(value).__name__.upper(),
                            help=", ".join(f"{preset} {values[name]}" for preset, values in method.PRESETS.items()),
@@ -116,35 +121,52 @@ def parse(arguments):
 def build_model(options, method, hyperparameters, channels, num_classes, total_steps):
     """The method's model, compiled; hyperparameters go to its constructor or to its `compile`, as their names say."""
     def accepted_by(function):
-        return {name: value for name, value in hyperparameters.items() if name in inspect.signature(function).parameters}
-    keras.utils.set_random_seed(options.seed)
+        names = inspect.signature(function).parameters
+        return {name: value for name, value in hyperparameters.items() if name in names}
+    for seed in (random.seed, np.random.seed, torch.manual_seed):  # Keras's function would import TensorFlow
+        seed(options.seed)
     keras.config.set_dtype_policy(options.precision)
     model_class = getattr(method, METHODS[options.method])
     try:
         model = model_class(channels=channels, num_classes=num_classes, **accepted_by(model_class.__init__))
+        model.compile(total_steps=total_steps, jit_compile=options.compile, **accepted_by(model_class.compile))
     except ValueError as error:
         refuse(error)
-    model.compile(total_steps=total_steps, jit_compile=options.compile, **accepted_by(model_class.compile))
     return model
 
 
-class KeepGoodWeights(keras.callbacks.Callback):
-    """When the loss is not a number, stops and puts back the weights of the last whole epoch."""
+class KeepGoodModel(keras.callbacks.Callback):
+    """Saves the model at the start and after each epoch; stops, and leaves the file as it is, once numbers are not
+    finite any more."""
 
     failed = None
 
+    def __init__(self, path):
+        super().__init__()
+        self.path, self.epochs = path, 0
+
+    def save(self):
+        beside = self.path.with_name("saving.keras")
+        self.model.save(beside)
+        os.replace(beside, self.path)  # in one step: an interrupted save leaves the old file
+
+    def fail(self, what):
+        self.failed = f"{what} in epoch {self.epochs + 1}"
+        self.model.stop_training = True
+
     def on_train_begin(self, logs=None):
-        self.weights, self.epoch = self.model.get_weights(), 0
+        self.save()
 
     def on_train_batch_end(self, batch, logs=None):
         if not math.isfinite(logs["loss"]):
-            self.failed = f"the loss became {logs['loss']} in step {batch + 1} of epoch {self.epoch + 1}"
-            self.model.set_weights(self.weights)
-            self.model.stop_training = True
+            self.fail(f"the loss became {logs['loss']} in step {batch + 1}")
 
     def on_epoch_end(self, epoch, logs=None):
+        if not self.failed and not all(np.isfinite(weight).all() for weight in self.model.get_weights()):
+            self.fail("the weights became infinite or not a number")
         if not self.failed:
-            self.weights, self.epoch = self.model.get_weights(), epoch + 1
+            self.epochs = epoch + 1
+            self.save()
 
 
 class EpochTimes(keras.callbacks.Callback):
@@ -160,22 +182,32 @@ class EpochTimes(keras.callbacks.Callback):
         self.seconds.append(time.perf_counter() - self.start)
 
 
-def device_name():
-    if torch.cuda.is_available():
+def device_of(model):
+    return model.trainable_variables[0].value.device
+
+
+def device_name(model):
+    if device_of(model).type == "cuda":
         return torch.cuda.get_device_name()
-    return f"CPU, {torch.get_num_threads()} threads"
+    return f"{device_of(model).type.upper()}, {torch.get_num_threads()} threads"
 
 
 def train(options, method, hyperparameters):
     """One run, from data to pictures. Returns the exit status."""
     folder = options.run_dir or pathlib.Path("runs", "-".join(
         [options.method, options.dataset.replace("/", "-"), options.preset, str(options.seed)]))
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        refuse(f"{folder} already holds a run: take another --run-dir or --seed, or remove it")
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            refuse(f"{folder} already holds a run: take another --run-dir or --seed, or remove it")
+    except OSError as error:
+        refuse(f"cannot read {folder} ({error.strerror}): take another --run-dir")
+    build_model(options, method, hyperparameters, 1, 10, total_steps=1)  # refuses before it loads what takes time
     try:
         dataset = data.load(options.dataset, options.data_dir, options.image_size, options.seed)
     except data.DataError as error:
         refuse(error)
+    # Keras would import TensorFlow to save a model, seconds for nothing: from here on it counts as not installed.
+    sys.modules.setdefault("tensorflow", None)
     order = np.random.default_rng(options.seed).permutation(len(dataset.train_images))
     held_out, chosen = np.split(order, [options.validation_images])
     chosen = chosen[:options.limit]
@@ -185,8 +217,9 @@ def train(options, method, hyperparameters):
                "take a smaller --batch-size or --validation-images, or a larger --limit")
     batches = data.Batches(dataset.train_images[chosen], dataset.train_labels[chosen], batch_size,
                            seed=options.seed, augment=options.augment, flip=dataset.flip)
-    validation = data.Batches(dataset.train_images[held_out], dataset.train_labels[held_out], 200)
-    test = data.Batches(dataset.test_images, dataset.test_labels, 200)
+    evaluated = max(1, 200 * 28**2 // math.prod(dataset.test_images.shape[1:3]))  # images at once: bounds the memory
+    validation = data.Batches(dataset.train_images[held_out], dataset.train_labels[held_out], evaluated)
+    test = data.Batches(dataset.test_images, dataset.test_labels, evaluated)
     epochs = hyperparameters["epochs"]
     model = build_model(options, method, hyperparameters, dataset.train_images.shape[-1], len(dataset.class_names),
                         epochs * len(batches))
@@ -200,19 +233,19 @@ def train(options, method, hyperparameters):
     except OSError as error:
         refuse(f"cannot write {folder} ({error.strerror}): take another --run-dir")
 
-    print(f"{options.method} on {options.dataset}: {len(chosen):,} training images of {dataset.train_images.shape[1:]}, "
-          f"{len(held_out):,} for validation, {len(dataset.test_images):,} for the test; {device_name()}")
-    guard, times = KeepGoodWeights(), EpochTimes()
+    print(f"{options.method} on {options.dataset}: {len(chosen):,} training images of "
+          f"{dataset.train_images.shape[1:]}, {len(held_out):,} for validation, {len(dataset.test_images):,} for the test; {device_name(model)}")
+    guard, times = KeepGoodModel(folder / "model.keras"), EpochTimes()
     model.fit(batches, epochs=epochs, validation_data=validation if len(held_out) else None,
-              callbacks=[guard, times, keras.callbacks.CSVLogger(folder / "history.csv"),
-                         keras.callbacks.ModelCheckpoint(folder / "model.keras")])
+              callbacks=[guard, times, keras.callbacks.CSVLogger(folder / "history.csv")])
     if guard.failed:
-        print(f"train.py: {guard.failed}: stopped; {folder / 'model.keras'} holds the weights after epoch "
-              f"{guard.epoch}. Lower the learning rates, or change --seed.", file=sys.stderr)
+        print(f"train.py: stopped, {guard.failed}; {folder / 'model.keras'} holds the model after {guard.epochs} "
+              "epochs: lower the learning rates, or take another --seed", file=sys.stderr)
         return 1
     results = {f"test_{name}": value for name, value in model.evaluate(test, verbose=0, return_dict=True).items()}
     results |= {"parameters": model.count_params(), "seconds_per_epoch": statistics.mean(times.seconds),
-                "device": device_name(), "method": options.method, "preset": options.preset, "dataset": options.dataset}
+                "device": device_name(model), "method": options.method, "preset": options.preset,
+                "dataset": options.dataset}
     (folder / "results.json").write_text(json.dumps(results, indent=1))
     draw_curves(folder)
     draw_reconstructions(model, dataset.test_images[:8].astype("float32") / 127.5 - 1, folder / "reconstructions.png")
@@ -254,7 +287,7 @@ def draw_curves(folder):
     figure = Figure(figsize=(3.5 * len(names), 3), layout="constrained")
     for name, axes in zip(names, figure.subplots(1, len(names), squeeze=False)[0]):
         for column, label in ((name, "training"), ("val_" + name, "validation")):
-            if column in history[0]:
+            if history[0][column] != "NA":  # what CSVLogger writes where there is no validation
                 axes.plot([int(row["epoch"]) + 1 for row in history], [float(row[column]) for row in history],
                           marker=".", label=label)
         axes.set(title=name, xlabel="epoch")
@@ -266,12 +299,12 @@ def draw_curves(folder):
 
 
 def benchmark(options, method, hyperparameters):
-    """Prints, as its last line, one JSON object about training steps on random images of the dataset's usual shape."""
+    """Prints, as its last line, one JSON object about training steps on random grey images of 28×28 or --image-size."""
     size = options.image_size or 28
     count = hyperparameters["batch_size"]
     model = build_model(options, method, hyperparameters, 1, 10, total_steps=1000)
     rng = np.random.default_rng(options.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_of(model)
     batch = (torch.tensor(rng.uniform(-1, 1, (count, size, size, 1)), dtype=torch.float32, device=device),
              torch.tensor(rng.integers(0, 10, count), device=device))
 
@@ -280,7 +313,7 @@ def benchmark(options, method, hyperparameters):
         for _ in range(repeats):
             start = time.perf_counter()
             function()
-            if device == "cuda":
+            if device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
         return statistics.median(times)
@@ -290,10 +323,10 @@ def benchmark(options, method, hyperparameters):
     def step():
         model.train_step(batch)
 
-    print(f"{options.preset}: batch {count} of ({size}, {size}, 1), {device_name()}; warming up")
+    print(f"{options.preset}: batch {count} of ({size}, {size}, 1), {device_name(model)}; warming up")
     seconds(step, 3)
     step_seconds = seconds(step, 9)
-    if device == "cuda":
+    if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated() / 2**20
     else:
         import resource  # not on Windows
@@ -305,7 +338,7 @@ def benchmark(options, method, hyperparameters):
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         step()
     dtype = torch.bfloat16 if options.precision == "mixed_bfloat16" else torch.float32
-    side = 8192 if device == "cuda" else 2048
+    side = 8192 if device.type == "cuda" else 2048
     matrix = torch.ones(side, side, dtype=dtype, device=device)
     seconds(lambda: matrix @ matrix, 3)
     rate = 2 * side**3 / seconds(lambda: matrix @ matrix, 9) / 1e9
@@ -321,8 +354,8 @@ def keep_freed_memory():
     to the system after every operation costs up to a fifth of a step."""
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        if mallopt(-3, 2**30):  # M_MMAP_THRESHOLD; older versions take less
+            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def main(arguments=None):
