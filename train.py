@@ -233,8 +233,8 @@ def train(options, method, hyperparameters):
     except OSError as error:
         refuse(f"cannot write {folder} ({error.strerror}): take another --run-dir")
 
-    print(f"{options.method} on {options.dataset}: {len(chosen):,} training images of "
-          f"{dataset.train_images.shape[1:]}, {len(held_out):,} for validation, {len(dataset.test_images):,} for the test; {device_name(model)}")
+    print(f"{options.method} on {options.dataset}: {len(chosen):,} training images of {dataset.train_images.shape[1:]}, "
+          f"{len(held_out):,} for validation, {len(dataset.test_images):,} for the test; {device_name(model)}")
     guard, times = KeepGoodModel(folder / "model.keras"), EpochTimes()
     model.fit(batches, epochs=epochs, validation_data=validation if len(held_out) else None,
               callbacks=[guard, times, keras.callbacks.CSVLogger(folder / "history.csv")])
