@@ -165,11 +165,11 @@ class MetaSiren(keras.layers.Layer):
 
     def __init__(self, channels, dim, depth, omega, inner_steps, shared_step_sizes, subsample, **kwargs):
         super().__init__(**kwargs)
-        self.omega, self.inner_steps, self.shared_step_sizes = omega, inner_steps, shared_step_sizes
-        self.subsample = subsample
+        self.omega, self.subsample = omega, subsample
+        self.inner_steps, self.shared_step_sizes = inner_steps, shared_step_sizes
         self.seed_generator = keras.random.SeedGenerator()
         self.inner_loop = inner_loop  # or its compiled form
-        uniform, constant = keras.initializers.RandomUniform, keras.initializers.Constant
+        uniform = keras.initializers.RandomUniform
         self.initial, self.step_sizes = [], []  # two groups of variables, each with an optimizer of its own
         for layer in range(depth + 1):
             inputs, limit = (dim, math.sqrt(6 / dim)) if layer else (2, 1 / 2)
@@ -181,7 +181,8 @@ class MetaSiren(keras.layers.Layer):
                                                    initializer=uniform(0.1, 1.0), name=f"step_sizes_{layer}"))
         limit = 1 / math.sqrt(dim)
         self.head = self.add_weight(shape=(dim + 1, channels), initializer=uniform(-limit, limit), name="head")
-        self.head_scale = self.add_weight(shape=(channels,), initializer=constant(0.1), name="head_scale")
+        self.head_scale = self.add_weight(shape=(channels,), name="head_scale",
+                                          initializer=keras.initializers.Constant(0.1))
         self.built = True
 
     def parameters_for(self, steps):
@@ -254,8 +255,9 @@ class Block(keras.layers.Layer):
         self.project = linear(dim, dim, dtype=dtype)
         self.expand = linear(dim, mlp_ratio * dim, activation="gelu", dtype=dtype)
         self.reduce = linear(mlp_ratio * dim, dim, dtype=dtype)
-        self.scale1, self.scale2 = (self.add_weight(shape=(dim,), initializer=keras.initializers.Constant(0.1),
-                                                    name=name) for name in ("scale1", "scale2"))
+        start = keras.initializers.Constant(0.1)
+        self.scale1 = self.add_weight(shape=(dim,), initializer=start, name="scale1")
+        self.scale2 = self.add_weight(shape=(dim,), initializer=start, name="scale2")
 
     def call(self, x):
         _, tokens, dim = x.shape
@@ -282,9 +284,8 @@ def weight_transformer(num_classes, dim, depth, blocks, mlp_ratio, token_scale, 
 
 @keras.saving.register_keras_serializable("mwt")
 class OneCycle(keras.optimizers.schedules.LearningRateSchedule):
-    """One-cycle schedule: the rate rises from peak/25 to peak during `warmup`, then falls to peak/250,000; both along
-    half a cosine. `beta_1` moves against it, from 0.95 to 0.85 and back. (Smith & Topin, arXiv:1708.07120; the values
-    are PyTorch's defaults, which the published code trains with.)"""
+    """The rate rises from peak/25 to peak during `warmup`, then falls to peak/250,000, both along half a cosine; `beta_1`
+    moves against it, from 0.95 to 0.85 and back. (Smith & Topin, arXiv:1708.07120, with PyTorch's defaults.)"""
 
     def __init__(self, peak, total_steps, warmup):
         self.peak, self.total_steps, self.warmup = peak, total_steps, warmup
@@ -331,8 +332,7 @@ class MWT(keras.Model):
             raise ValueError(f"dim must be a multiple of 64, or at most 64, for attention heads of 64; it is {dim}")
         if not 0 < subsample <= 1:
             raise ValueError(f"subsample, a part of the points, must be above 0 and at most 1; it is {subsample}")
-        self.config = {**config, "dtype": policy.name}
-        self.task_weight = task_weight
+        self.config, self.task_weight = {**config, "dtype": policy.name}, task_weight
         self.siren = MetaSiren(channels, dim, depth, omega, inner_steps, shared_step_sizes, subsample,
                                dtype=policy.variable_dtype)
         self.classifier = weight_transformer(num_classes, dim, depth, blocks, mlp_ratio, token_scale, policy)

@@ -291,6 +291,7 @@ def draw_curves(folder):
                 axes.plot([int(row["epoch"]) + 1 for row in history], [float(row[column]) for row in history],
                           marker=".", label=label)
         axes.set(title=name, xlabel="epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend()
     figure.savefig(folder / "curves.png", dpi=100)
 
