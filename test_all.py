@@ -24,6 +24,7 @@ import data
 import mwt
 import train
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras's, with NumPy 2
 HERE = pathlib.Path(__file__).parent
 TINY = ["--dim", "16", "--depth", "2", "--inner-steps", "2", "--blocks", "1", "--batch-size", "16", "--epochs", "1",
         "--validation-images", "20", "--limit", "64"]
