@@ -5,6 +5,7 @@ TensorFlow Datasets (TFDS): what is prepared on disk is read without TensorFlow,
 Images stay `uint8`, `(N, H, W, C)`; `Batches` turns them into the `float32` in [-1, 1] that the models see.
 """
 
+import collections.abc
 import dataclasses
 import os
 
@@ -26,6 +27,8 @@ class Dataset:
 
     train_images, test_images: `uint8`, (N, H, W, C) with C 1 or 3. train_labels, test_labels: `int64`, (N,).
     class_names: one string per label. flip: whether a mirrored image keeps its label.
+    finer: where the pictures are known at every resolution, a function (count, factor) -> the first `count` test images
+    on a grid of `factor` times as many rows and columns; else None.
     """
 
     train_images: np.ndarray
@@ -34,6 +37,7 @@ class Dataset:
     test_labels: np.ndarray
     class_names: tuple
     flip: bool
+    finer: collections.abc.Callable | None = None
 
 
 def load(name, data_dir=None, image_size=None, seed=0):
@@ -50,7 +54,8 @@ def load(name, data_dir=None, image_size=None, seed=0):
     if name == "shapes":
         size = image_size or 28
         return Dataset(*shapes(range(10_000), size, seed=seed), *shapes(range(10_000, 12_000), size, seed=seed),
-                       class_names=SHAPES, flip=True)
+                       class_names=SHAPES, flip=True, finer=lambda count, factor:
+                       shapes(range(10_000, 10_000 + count), factor * size, seed=seed)[0])
     return _load_tfds(name, data_dir, image_size)
 
 

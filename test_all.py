@@ -21,6 +21,7 @@ import torch
 from torch.nn import functional
 
 import data
+import hyperinr
 import mwt
 import train
 
@@ -359,7 +360,7 @@ def test_presets_build_with_the_expected_number_of_parameters(preset):
     values = mwt.PRESETS[preset]
     assert values.keys() == mwt.PAPER.keys()
     options, method, hyperparameters = train.parse(["--preset", preset])
-    model = train.build_model(options, method, hyperparameters, 1, 10, 100)
+    model = train.build_model(options, method, hyperparameters, (28, 28, 1), 10, 100)
     assert model(np.zeros((2, 8, 8, 1), "float32")).shape == (2, 10)
     expected = expected_parameters(values["dim"], values["depth"], values["inner_steps"], values["blocks"],
                                    values["mlp_ratio"])
@@ -411,9 +412,365 @@ def test_wrong_arguments_and_inputs():
             use(images[..., :1])
 
 
-def test_mwt_alone_in_an_empty_folder(tmp_path):
-    shutil.copy(HERE / "mwt.py", tmp_path)
-    snippet = re.search(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL).group(1)
+# ---- hyperinr.py ----
+
+
+EXPERIMENTS = ["joint", "latent", "weights", "pretrained"]
+
+
+def small_hyperinr(images, **changes):
+    keras.utils.set_random_seed(1)
+    arguments = dict(image_size=images.shape[1], channels=images.shape[-1], latent_dim=16, encoder_width=4, dim=8,
+                     depth=2, omega=6.0)
+    return hyperinr.HyperINR(**{**arguments, **changes})
+
+
+def stirred(model, scale=0.1):
+    """The same model with all weights changed at random, so that no small initial value hides an error."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for variable in model.trainable_variables:
+            variable.value.add_(scale * torch.randn(variable.shape, generator=generator, dtype=variable.value.dtype))
+    return model
+
+
+def test_predicted_parameters_depend_on_their_image_alone():
+    images, _ = random_batch()
+    model = stirred(small_hyperinr(images))
+    changed = images.clone()
+    changed[2] = -changed[2]
+    theta, other = (model.hypernetwork(model.encode(batch)) for batch in (images, changed))
+    for a, b in zip([t for pair in theta for t in pair], [t for pair in other for t in pair]):
+        assert [not torch.equal(x, y) for x, y in zip(a, b)] == [False, False, True, False, False]
+    for image in range(5):
+        alone = model.hypernetwork(model.encode(images[image:image + 1]))
+        for pair, expected in zip(alone, theta):
+            for tensor, batch in zip(pair, expected):
+                torch.testing.assert_close(tensor[0], batch[image], rtol=1e-4, atol=1e-5)
+
+
+def test_rendering_equals_a_loop_over_images_and_points():
+    images, _ = random_batch(count=3, size=5, channels=2)
+    model = stirred(small_hyperinr(images))
+    theta = [[tensor.detach().numpy().astype(np.float64) for tensor in pair]
+             for pair in model.hypernetwork(model.encode(images))]
+    assert [kernel.shape for kernel, _ in theta] == [(3, 2, 8), (3, 8, 8), (3, 8, 8), (3, 8, 2)]
+    expected = np.empty((3, 4, 7, 2))
+    for image, row, column in np.ndindex(3, 4, 7):
+        hidden = np.array([-1 + 2 * row / 3, -1 + 2 * column / 6])
+        for layer, (kernel, bias) in enumerate(theta):
+            hidden = kernel[image].T @ hidden + bias[image, 0]
+            if layer < 3:
+                hidden = np.sin(6.0 * hidden)
+        expected[image, row, column] = hidden
+    assert np.abs(expected).std() > 0.05
+    np.testing.assert_allclose(model.reconstruct(images, size=(4, 7)), expected, atol=1e-4)
+
+
+def test_hypernetwork_starts_as_promised():
+    keras.utils.set_random_seed(0)
+    model = hyperinr.HyperINR()
+    images, _ = random_batch(count=8, size=28)
+    assert np.abs(model.reconstruct(images)).max() < 0.5
+    inputs = [2, 256, 256, 256, 256]
+    for number, mlp in enumerate(model.hypernetwork.mlps):
+        *_, last = mlp.layers
+        limit = 1 / (256 if number % 2 else inputs[number // 2])
+        assert last.kernel.value.std().item() == pytest.approx(math.sqrt(2 / 256) / 100, rel=0.2 / math.sqrt(last.units))
+        assert last.bias.value.abs().max() <= limit
+        if last.units > 100:
+            assert last.bias.value.abs().max() > 0.95 * limit
+    for kernel, _ in model.hypernetwork(model.encode(images)):  # in all, close to U(±1/inputs), the same for all images
+        inputs = kernel.shape[1]
+        assert kernel.std().item() == pytest.approx(1 / inputs / math.sqrt(3), rel=0.1)
+
+
+def test_weight_tensor_equals_a_hand_built_array():
+    rng = np.random.default_rng(0)
+    theta = [(torch.tensor(rng.normal(size=(2, inputs, outputs))), None)
+             for inputs, outputs in ((2, 5), (5, 5), (5, 5), (5, 3))]
+    expected = np.empty((2, 4, 5, 5))
+    for image, layer, out, into in np.ndindex(expected.shape):
+        kernel = theta[layer][0].numpy()[image]
+        expected[image, layer, out, into] = kernel[into % kernel.shape[0], out % kernel.shape[1]]
+    np.testing.assert_array_equal(hyperinr.weight_tensor(theta).numpy(), expected)
+
+    images, _ = random_batch(count=1, size=8)
+    model = hyperinr.HyperINR(image_size=8, classifier="weights", latent_dim=4)  # the paper's SIREN
+    assert hyperinr.weight_tensor(model.hypernetwork(model.encode(images))).shape == (1, 5, 256, 256)
+    kinds = [type(layer).__name__ for layer in model.classifier.layers]
+    assert kinds.count("Conv2D") == 4 and kinds.count("Dense") == 3
+
+
+def plain_losses(model, images, labels):
+    """Section 5's loss once more: mean squared error, both penalties, cross entropy, with numbers typed here."""
+    latents = model.encoder(images)
+    theta = model.hypernetwork(latents)
+    axis = torch.linspace(-1, 1, images.shape[1])
+    hidden = torch.cartesian_prod(axis, axis)
+    for kernel, bias in theta[:-1]:
+        hidden = torch.sin(6.0 * (torch.matmul(hidden, kernel) + bias))
+    rendered = torch.matmul(hidden, theta[-1][0]) + theta[-1][1]
+    mse = functional.mse_loss(rendered.reshape(images.shape), images)
+    every = torch.cat([tensor.flatten() for pair in theta for tensor in pair])
+    features = hyperinr.weight_tensor(theta) if model.experiment == "weights" else latents
+    cross_entropy = functional.cross_entropy(model.classifier(features), labels)
+    return mse + 0.1 * latents.pow(2).mean() + 100 * every.pow(2).mean(), 0.1 * cross_entropy
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_train_steps_equal_pytorch_adam(experiment):
+    """Six steps, three in each stage, against `torch.optim.Adam` on autograd's gradients of the plain loss."""
+    images, labels = random_batch(count=4, size=8)
+    model = stirred(small_hyperinr(images, classifier=experiment, encoder_width=2))
+    model.compile(total_steps=6, hyper_rate=1e-3, classifier_rate=1e-2, separate_rate=3e-3, classifier_part=0.5,
+                  final_rate=0.25)
+    twin = hyperinr.HyperINR.from_config(model.get_config())
+    twin.set_weights(model.get_weights())
+    encoder, hyper, classifier = ([variable.value for variable in part.trainable_variables]
+                                  for part in (twin.encoder, twin.hypernetwork, twin.classifier))
+    groups = (hyper, encoder + classifier) if experiment == "pretrained" else (encoder + hyper, classifier)
+    learning = {"joint": [(0, 1)] * 6, "latent": [(0,)] * 3 + [(1,)] * 3, "weights": [(0,)] * 3 + [(1,)] * 3,
+                "pretrained": [(1,)] * 3 + [(0,)] * 3}[experiment]
+    steps, second = (6, 1e-2) if experiment == "joint" else (3, 3e-3)
+    optimizers = [torch.optim.Adam(group, lr=rate, eps=1e-14) for group, rate in zip(groups, (1e-3, second))]
+    for optimizer in model.optimizers:
+        optimizer.epsilon = 1e-14  # Keras adds epsilon before, PyTorch after the correction of the second moment
+    for step, learns in enumerate(learning):
+        metrics = model.train_step((images, labels))
+        parts = plain_losses(twin, images, labels)
+        assert float(metrics["loss"]) == pytest.approx(sum(parts).item(), rel=1e-4)
+        model.reset_metrics()
+        within = step % steps / steps
+        for group, optimizer, start in zip(groups, optimizers, (1e-3, second)):
+            optimizer.param_groups[0]["lr"] = start * (0.25 + 0.75 * (1 + math.cos(math.pi * within)) / 2)
+        gradients = [torch.autograd.grad(parts[i] if experiment != "joint" else sum(parts), groups[i],
+                                         retain_graph=True) for i in learns]
+        for i, gradient in zip(learns, gradients):
+            for parameter, value in zip(groups[i], gradient):
+                parameter.grad = value
+            optimizers[i].step()
+        for ours, reference in zip(model.trainable_variables, twin.trainable_variables):
+            torch.testing.assert_close(ours.value, reference.value, rtol=1e-3, atol=3e-5, msg=f"{step} {ours.path}")
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_each_experiment_learns_and_changes_its_own_variables_alone(experiment):
+    images, labels = data.shapes(range(20), size=12)
+    images = images.astype("float32") / 127.5 - 1
+    model = small_hyperinr(images, classifier=experiment, dim=24, latent_dim=32)
+    model.compile(total_steps=240, hyper_rate=2e-3, classifier_rate=3e-3, separate_rate=1e-2, classifier_part=0.5)
+
+    def state():
+        return [[variable.numpy().copy() for variable in group] for group in model.variable_groups()]
+
+    def changed(old, new):
+        return [any((a != b).any() for a, b in zip(*groups)) for groups in zip(old, new)]
+
+    known = [id(variable) for group in model.variable_groups() for variable in group]
+    assert sorted(known) == sorted(map(id, model.trainable_variables))
+    evaluations, states = [model.evaluate(images, labels, verbose=0, return_dict=True)], [state()]
+    for _ in range(2):
+        model.fit(images, labels, batch_size=20, epochs=120, verbose=0)
+        evaluations.append(model.evaluate(images, labels, verbose=0, return_dict=True))
+        states.append(state())
+    moves = [changed(*pair) for pair in zip(states, states[1:])]
+    assert moves == {"joint": [[True, True]] * 2, "latent": [[True, False], [False, True]],
+                     "weights": [[True, False], [False, True]], "pretrained": [[False, True], [True, False]]}[experiment]
+    assert evaluations[2]["mse"] < 0.5 * evaluations[0]["mse"]
+    assert evaluations[2]["accuracy"] > 0.8
+    if experiment in ("latent", "weights"):
+        assert evaluations[2]["mse"] == evaluations[1]["mse"]
+
+
+def test_upsampling_is_the_reconstruction_on_a_denser_grid():
+    images, _ = random_batch(size=7, channels=3)
+    model = stirred(small_hyperinr(images))
+    reconstruction = model.reconstruct(images)
+    assert reconstruction.shape == (5, 7, 7, 3) and reconstruction.dtype == np.float32
+    np.testing.assert_array_equal(model.upsample(images, 1), reconstruction)
+    assert model.upsample(images.numpy(), 2.5).shape == (5, 18, 18, 3)
+    np.testing.assert_allclose(model.reconstruct(images, size=(13, 19))[:, ::2, ::3], reconstruction, atol=1e-4)
+    many = model.reconstruct(images.repeat(14, 1, 1, 1), size=(33, 34))  # 70 images, 1,122 points: more than one part
+    np.testing.assert_allclose(many[65:], model.reconstruct(images, size=(33, 34)), atol=1e-4)
+
+
+def test_images_of_another_size_are_sampled_at_the_encoders():
+    rows, columns = np.meshgrid(np.linspace(-1, 1, 28), np.linspace(-1, 1, 10), indexing="ij")
+    ramp = (0.3 * rows - 0.6 * columns).astype("float32")[None, :, :, None]
+    rows, columns = np.meshgrid(np.linspace(-1, 1, 7), np.linspace(-1, 1, 7), indexing="ij")
+    expected = (0.3 * rows - 0.6 * columns).astype("float32")[None, :, :, None]
+    np.testing.assert_allclose(hyperinr.resize(ramp, (7, 7)).numpy(), expected, atol=1e-6)
+    model = stirred(small_hyperinr(expected))
+    np.testing.assert_allclose(model.reconstruct(ramp, size=(7, 7)), model.reconstruct(expected), atol=1e-4)
+    assert model.reconstruct(ramp).shape == ramp.shape
+    assert model(ramp).shape == (1, 10)
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+def test_inpainting_keeps_what_is_known_and_ignores_the_hole(per_image):
+    images, _ = random_batch(size=8, channels=3)
+    images = images.numpy()
+    model = stirred(small_hyperinr(images))
+    mask = np.random.default_rng(0).random((5, 8, 8) if per_image else (8, 8)) < 0.4
+    hole = np.broadcast_to(mask, (5, 8, 8))
+    for image, filled, holes in zip(images, hyperinr.fill_with_mean(images, mask), hole):
+        np.testing.assert_array_equal(filled[~holes], image[~holes])
+        np.testing.assert_allclose(filled[holes], np.tile(image[~holes].mean(axis=0), (holes.sum(), 1)), atol=1e-6)
+    result = model.inpaint(images, mask)
+    np.testing.assert_array_equal(result[~hole], images[~hole])
+    assert (np.abs(result[hole] - images[hole]) > 1e-3).all()
+    damaged = np.where(hole[..., None], 1.0, images)
+    np.testing.assert_array_equal(model.inpaint(damaged, mask), result)
+
+
+def test_a_trained_model_denoises_and_inpaints_new_images():
+    images, labels = data.shapes(range(2_000), size=12)
+    model = small_hyperinr(images, latent_dim=64, encoder_width=8, dim=32, omega=10.0, weight_penalty=10.0)
+    model.compile(total_steps=300, hyper_rate=2e-3, classifier_rate=1e-3, final_rate=0.05)
+    model.fit(images.astype("float32") / 127.5 - 1, labels, batch_size=32, epochs=5, verbose=0)
+    images = data.shapes(range(2_000, 2_100), size=12)[0].astype("float32") / 127.5 - 1
+    noisy = images + np.random.default_rng(0).normal(0, 0.5, images.shape).astype("float32")
+    hole = np.zeros((12, 12), bool)
+    hole[3:8, 4:9] = True
+
+    def error(result):
+        return np.square(images - result).mean()
+
+    assert error(model.denoise(noisy)) < 0.6 * error(noisy)
+    assert error(model.inpaint(images, hole)) < 0.9 * error(hyperinr.fill_with_mean(images, hole))
+
+
+def test_hyperinr_metrics_are_what_they_say():
+    images, labels = random_batch(count=7)
+    model = stirred(small_hyperinr(images))
+    model.compile(total_steps=1)
+    metrics = model.evaluate(images, labels, batch_size=3, verbose=0, return_dict=True)
+    errors = np.square(model.reconstruct(images) - images.numpy()).mean(axis=(1, 2, 3))
+    logits = torch.tensor(model.predict(images, verbose=0))
+    assert metrics["accuracy"] == pytest.approx((logits.argmax(1) == labels).float().mean().item())
+    assert metrics["mse"] == pytest.approx(errors.mean(), rel=1e-4)
+    assert metrics["psnr"] == pytest.approx((10 * np.log10(4 / errors)).mean(), rel=1e-4)
+    assert metrics["loss"] == pytest.approx(sum(plain_losses(model, images, labels)).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("experiment", ["weights", "pretrained"])
+def test_saved_hyperinr_in_a_fresh_process(tmp_path, experiment):
+    images, labels = random_batch(count=8, size=8)
+    model = small_hyperinr(images, classifier=experiment)
+    model.compile(total_steps=8, classifier_part=0.25, separate_rate=1e-2)
+    model.fit(images, labels, batch_size=4, epochs=2, verbose=0)
+    model.save(tmp_path / "model.keras")
+    np.savez(tmp_path / "case.npz", images=images, logits=model.predict(images, verbose=0),
+             pictures=model.reconstruct(images), momentum=model.optimizers[0].variables[2].numpy())
+    shutil.copy(HERE / "hyperinr.py", tmp_path)
+    (tmp_path / "check.py").write_text("""
+import numpy as np, hyperinr, keras
+model, case = keras.saving.load_model("model.keras"), np.load("case.npz")
+assert abs(model.predict(case["images"], verbose=0) - case["logits"]).max() < 1e-6
+assert abs(model.reconstruct(case["images"]) - case["pictures"]).max() < 1e-6
+assert abs(model.optimizers[0].variables[2].numpy() - case["momentum"]).max() == 0
+print([int(optimizer.iterations) for optimizer in model.optimizers], model.learning())
+""")
+    result = run_python("check.py", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == {"weights": "[4, 0] (True, False)", "pretrained": "[2, 2] (True, False)"}[experiment]
+
+
+def expected_hyperinr_parameters(classifier, V, width, D, L, size=28, channels=1, classes=10):
+    siren = [(2, D), *[(D, D)] * L, (D, channels)]
+    hyper = sum(2 * (V * V + V) + (V + 1) * numel for i, o in siren for numel in (i * o, o))
+    if classifier == "pretrained":
+        return hyper + (size * size * channels + 1) * V + (V + 1) * classes
+    encoder, side = 9 * channels * width + width, size
+    for block in range(3):
+        i, o, side = width << block, width << block + 1, -(-side // 2)
+        encoder += 9 * i * o + o + 9 * o * o + o + i * o + o
+    encoder += (side * side * 8 * width + 1) * V
+    if classifier == "weights":
+        convolutions = sum(9 * i * o + o for i, o in ((L + 2, 16), (16, 32), (32, 64), (64, 64)))
+        return hyper + encoder + convolutions + (64 * (-(-D // 16))**2 + 1) * 128 + 129 * 64 + 65 * classes
+    return hyper + encoder + V * V + V + (V + 1) * classes
+
+
+@pytest.mark.parametrize("preset", hyperinr.PRESETS)
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_hyperinr_presets_build_with_the_expected_number_of_parameters(preset, experiment):
+    values = hyperinr.PRESETS[preset]
+    assert values.keys() == hyperinr.PAPER.keys()
+    options, method, hyperparameters = train.parse(["--method", "hyperinr", "--preset", preset, "--classifier",
+                                                    experiment])
+    model = train.build_model(options, method, hyperparameters, (28, 28, 1), 10, 100)
+    assert model(np.zeros((2, 28, 28, 1), "float32")).shape == (2, 10)
+    assert model.count_params() == expected_hyperinr_parameters(
+        experiment, values["latent_dim"], values["encoder_width"], values["dim"], values["depth"])
+
+
+def test_hyperinrs_published_hyperparameters():
+    """Typed from the paper's text (sections 3.2, 4.1 and 5) and the hypernetworks that it builds on."""
+    published = dict(classifier="joint", latent_dim=256, dim=256, depth=3, omega=30.0, latent_penalty=0.1,
+                     weight_penalty=100.0, task_weight=0.1, hyper_rate=5e-5, classifier_rate=1e-2, separate_rate=1e-3,
+                     final_rate=1.0)
+    assert published.items() <= hyperinr.PRESETS["paper"].items()
+    assert 53e6 < hyperinr.HyperINR().count_params() < 55e6
+
+
+def test_hyperinr_in_mixed_precision_renders_in_float32():
+    images, labels = random_batch(size=8)
+    model = small_hyperinr(images, dtype="mixed_bfloat16")
+    assert model.encoder(images).dtype == torch.bfloat16
+    assert {tensor.dtype for pair in model.hypernetwork(model.encode(images)) for tensor in pair} == {torch.float32}
+    model.compile(total_steps=2)
+    history = model.fit(images, labels, epochs=2, verbose=0).history
+    assert np.isfinite(history["loss"]).all() and model(images).dtype == torch.float32
+
+
+def test_the_siren_compiles_as_one_graph(monkeypatch):
+    images, labels = random_batch(size=8)
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, backend="aot_eager", **options))
+    gradients = []
+    for jit_compile in (False, True):
+        model = stirred(small_hyperinr(images))
+        model.compile(total_steps=1, jit_compile=jit_compile)
+        _, _, *parts = model.losses(images, labels)
+        sum(parts).backward()
+        gradients.append([variable.value.grad for variable in model.trainable_variables])
+    assert model.render is not hyperinr.render
+    for compiled, eager in zip(*gradients):
+        torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-5)
+
+
+def test_hyperinrs_wrong_arguments_and_inputs():
+    for arguments in (dict(classifier="cnn"), dict(dim=0), dict(image_size=0), dict(latent_dim=0)):
+        with pytest.raises(ValueError, match="must be"):
+            hyperinr.HyperINR(**arguments)
+    images, labels = random_batch(size=8, channels=3)
+    model = small_hyperinr(images)
+    for arguments in (dict(classifier_part=0.0), dict(classifier_part=1.5), dict(final_rate=2.0)):
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            model.compile(total_steps=10, **arguments)
+    model.compile(total_steps=1)
+    for use in (model, model.reconstruct, model.denoise, lambda images: model.upsample(images, 2),
+                lambda images: model.inpaint(images, np.eye(8, dtype=bool)),
+                lambda images: model.fit(images, labels, verbose=0)):
+        with pytest.raises(ValueError, match=r"\(N, H, W, 3\)"):
+            use(images[..., :1])
+    for factor in (0.5, 0, -2, math.nan):
+        with pytest.raises(ValueError, match="factor must be at least 1"):
+            model.upsample(images, factor)
+    for mask in (np.ones((8, 7), bool), np.ones((4, 8, 8), bool), np.ones((8, 8)), np.ones((5, 8, 8, 3), bool)):
+        with pytest.raises(ValueError, match=r"boolean, of shape \(8, 8\) or \(5, 8, 8\)"):
+            model.inpaint(images, mask)
+    with pytest.raises(ValueError, match="leave some pixels"):
+        model.inpaint(images, np.ones((8, 8), bool))
+
+
+@pytest.mark.parametrize("method", train.METHODS)
+def test_a_method_alone_in_an_empty_folder(tmp_path, method):
+    shutil.copy(HERE / f"{method}.py", tmp_path)
+    snippet, = (snippet for snippet in re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+                if f"import {method}" in snippet)
     (tmp_path / "mine.py").write_text(snippet)
     result = run_python("mine.py", cwd=tmp_path)
     assert result.returncode == 0, result.stderr

@@ -28,7 +28,7 @@ import torch
 
 import data
 
-METHODS = {"mwt": "MWT"}  # the file, and the model's class in it
+METHODS = {"mwt": "MWT", "hyperinr": "HyperINR"}  # the file, and the model's class in it
 
 
 # ---- Options ----
@@ -66,6 +66,8 @@ def type_like(value):
         return truth
     if isinstance(value, int):
         return at_least(1)
+    if isinstance(value, str):
+        return str
 
     def number(text):
         try:
@@ -102,8 +104,9 @@ def parse(arguments):
     parser.add_argument("--run-dir", type=pathlib.Path, help="folder to write (default: "
                         "runs/<method>-<dataset>-<preset>-<seed>)")
     parser.add_argument("--precision", choices=["float32", "mixed_bfloat16"], default="float32",
-                        help="mixed_bfloat16 keeps the inner loop in float32 (default: float32)")
-    parser.add_argument("--compile", action="store_true", help="compile the method's inner loop (minutes at the start)")
+                        help="mixed_bfloat16 keeps the INR in float32 (default: float32)")
+    parser.add_argument("--compile", action="store_true",
+                        help="compile what the method does with its INR (minutes at the start)")
     parser.add_argument("--benchmark", action="store_true", help="time training steps, train nothing")
     group = parser.add_argument_group("hyperparameters", f"explained in {method.__name__}.py; default: the preset's")
     for name, value in method.PRESETS["quick"].items():
@@ -118,17 +121,20 @@ def parse(arguments):
 # ---- Training ----
 
 
-def build_model(options, method, hyperparameters, channels, num_classes, total_steps):
-    """The method's model, compiled; hyperparameters go to its constructor or to its `compile`, as their names say."""
+def build_model(options, method, hyperparameters, image_shape, num_classes, total_steps):
+    """The method's model for images of image_shape (H, W, C), compiled; hyperparameters, and what the constructor wants
+    to know about the images, go to its constructor or to its `compile`, as their names say."""
+    available = {**hyperparameters, "image_size": image_shape[0], "channels": image_shape[-1]}
+
     def accepted_by(function):
         names = inspect.signature(function).parameters
-        return {name: value for name, value in hyperparameters.items() if name in names}
+        return {name: value for name, value in available.items() if name in names}
     for seed in (random.seed, np.random.seed, torch.manual_seed):  # Keras's function would import TensorFlow
         seed(options.seed)
     keras.config.set_dtype_policy(options.precision)
     model_class = getattr(method, METHODS[options.method])
     try:
-        model = model_class(channels=channels, num_classes=num_classes, **accepted_by(model_class.__init__))
+        model = model_class(num_classes=num_classes, **accepted_by(model_class.__init__))
         model.compile(total_steps=total_steps, jit_compile=options.compile, **accepted_by(model_class.compile))
     except ValueError as error:
         refuse(error)
@@ -182,6 +188,20 @@ class EpochTimes(keras.callbacks.Callback):
         self.seconds.append(time.perf_counter() - self.start)
 
 
+class Snapshots(keras.callbacks.Callback):
+    """Keeps what the model makes of some images before the first and after each epoch: arrays (N, H, W, C)."""
+
+    def __init__(self, images):
+        super().__init__()
+        self.images, self.taken = images, []
+
+    def on_train_begin(self, logs=None):
+        self.taken.append(self.model.reconstruct(self.images))
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.taken.append(self.model.reconstruct(self.images))
+
+
 def device_of(model):
     return model.trainable_variables[0].value.device
 
@@ -201,7 +221,7 @@ def train(options, method, hyperparameters):
             refuse(f"{folder} already holds a run: take another --run-dir or --seed, or remove it")
     except OSError as error:
         refuse(f"cannot read {folder} ({error.strerror}): take another --run-dir")
-    build_model(options, method, hyperparameters, 1, 10, total_steps=1)  # refuses before it loads what takes time
+    build_model(options, method, hyperparameters, (28, 28, 1), 10, total_steps=1)  # refuses before it loads what takes time
     try:
         dataset = data.load(options.dataset, options.data_dir, options.image_size, options.seed)
     except data.DataError as error:
@@ -221,7 +241,7 @@ def train(options, method, hyperparameters):
     validation = data.Batches(dataset.train_images[held_out], dataset.train_labels[held_out], evaluated)
     test = data.Batches(dataset.test_images, dataset.test_labels, evaluated)
     epochs = hyperparameters["epochs"]
-    model = build_model(options, method, hyperparameters, dataset.train_images.shape[-1], len(dataset.class_names),
+    model = build_model(options, method, hyperparameters, dataset.train_images.shape[1:], len(dataset.class_names),
                         epochs * len(batches))
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -236,8 +256,11 @@ def train(options, method, hyperparameters):
     print(f"{options.method} on {options.dataset}: {len(chosen):,} training images of {dataset.train_images.shape[1:]}, "
           f"{len(held_out):,} for validation, {len(dataset.test_images):,} for the test; {device_name(model)}")
     guard, times = KeepGoodModel(folder / "model.keras"), EpochTimes()
+    shown = dataset.test_images[:8].astype("float32") / 127.5 - 1
+    snapshots = Snapshots(shown)
     model.fit(batches, epochs=epochs, validation_data=validation if len(held_out) else None,
-              callbacks=[guard, times, keras.callbacks.CSVLogger(folder / "history.csv")])
+              callbacks=[guard, times, keras.callbacks.CSVLogger(folder / "history.csv"),
+                         *([] if options.method == "mwt" else [snapshots])])
     if guard.failed:
         print(f"train.py: stopped, {guard.failed}; {folder / 'model.keras'} holds the model after {guard.epochs} "
               "epochs: lower the learning rates, or take another --seed", file=sys.stderr)
@@ -246,35 +269,82 @@ def train(options, method, hyperparameters):
     results |= {"parameters": model.count_params(), "seconds_per_epoch": statistics.mean(times.seconds),
                 "device": device_name(model), "method": options.method, "preset": options.preset,
                 "dataset": options.dataset}
-    (folder / "results.json").write_text(json.dumps(results, indent=1))
     draw_curves(folder)
-    draw_reconstructions(model, dataset.test_images[:8].astype("float32") / 127.5 - 1, folder / "reconstructions.png")
+    if options.method == "mwt":  # adapts its INR to an image step by step
+        stages = model.reconstruct(shown)
+        draw_reconstructions(shown, stages, [f"step {step}" for step in range(stages.shape[1])],
+                             folder / "reconstructions.png")
+    else:
+        chosen = np.unique(np.linspace(0, epochs, 8).round().astype(int))
+        draw_reconstructions(shown, np.stack([snapshots.taken[epoch] for epoch in chosen], axis=1),
+                             [f"epoch {epoch}" for epoch in chosen], folder / "reconstructions.png")
     print(f"test accuracy {results['test_accuracy']:.2%}, PSNR {results['test_psnr']:.2f} dB on "
-          f"{len(dataset.test_images):,} images\n{folder}")
+          f"{len(dataset.test_images):,} images")
+    if options.method == "hyperinr":
+        results["operations"] = use_image_operations(model, method, dataset, options.seed, folder / "operations.png")
+    (folder / "results.json").write_text(json.dumps(results, indent=1))
+    print(folder)
     return 0
+
+
+def use_image_operations(model, method, dataset, seed, path):
+    """Upsamples, inpaints and denoises 1,000 test images, prints and returns the mean PSNR beside that of what one would
+    do without a model, in dB, and draws the first images."""
+    height, width = (side // 2 * 2 for side in dataset.test_images.shape[1:3])
+    images = dataset.test_images[:1000, :height, :width].astype("float32") / 127.5 - 1
+    rng = np.random.default_rng(seed)
+
+    if dataset.finer:
+        coarse, fine, factor = images, dataset.finer(len(images), 4).astype("float32") / 127.5 - 1, 4
+    else:
+        coarse, fine, factor = keras.ops.convert_to_numpy(method.resize(images, (height // 2, width // 2))), images, 2
+    bilinear = keras.ops.convert_to_numpy(method.resize(coarse, fine.shape[1:3]))
+
+    top, left = (rng.integers(0, side - side // 3, (len(images), 1, 1)) for side in (height, width))
+    rows, columns = np.arange(height)[:, None] - top, np.arange(width) - left
+    hole = (0 <= rows) & (rows < height // 3) & (0 <= columns) & (columns < width // 3)
+    mean_filled = method.fill_with_mean(images, hole)
+
+    noisy = np.clip(images + rng.normal(0, 0.5, images.shape), -1, 1).astype("float32")
+
+    figures, cells = {}, []
+    for operation, usual, degraded, result, truth in (
+            ("upsample", "bilinear", bilinear, model.upsample(coarse, factor), fine),
+            ("inpaint", "mean-filled", mean_filled, model.inpaint(images, hole), images),
+            ("denoise", "noisy", noisy, model.denoise(noisy), images)):
+        psnr, usual_psnr = ([float(keras.ops.psnr(*pair, 2.0)) for pair in zip(truth, pictures)]
+                            for pictures in (result, degraded))
+        figures[operation] = {"psnr": statistics.mean(psnr), usual: statistics.mean(usual_psnr)}
+        print(f"{operation}: {figures[operation]['psnr']:.2f} dB; {usual}: {figures[operation][usual]:.2f} dB")
+        cells.append([cell for i in range(2) for cell in (
+            (images[i], "input"), (degraded[i], f"{usual}\n{usual_psnr[i]:.1f} dB"),
+            (result[i], f"{operation}\n{psnr[i]:.1f} dB"), (truth[i], "ground truth"))])
+    draw_grid(cells, path)
+    return figures
 
 
 # ---- Pictures ----
 
 
-def draw_reconstructions(model, images, path):
-    """Rows: images. Columns: the input, then the INR after each step, with its PSNR."""
+def draw_grid(cells, path):
+    """Rows of cells (picture, title); pictures are (H, W, C) in [-1, 1], of any size."""
     from matplotlib.figure import Figure
 
-    stages = model.reconstruct(images)                                        # (N, steps+1, H, W, C)
-    rows, columns = len(images), stages.shape[1] + 1
-    figure = Figure(figsize=(1.3 * columns, 1.5 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for row in range(rows):
-        for column in range(columns):
-            picture = images[row] if column == 0 else stages[row, column - 1]
-            axes[row, column].imshow(np.clip(picture / 2 + 0.5, 0, 1).squeeze(), cmap="gray", vmin=0, vmax=1)
-            title = f"{float(keras.ops.psnr(images[row], picture, 2.0)):.1f} dB" if column else ""
-            if row == 0:
-                title = (f"step {column - 1}" if column else "input") + f"\n{title}"
-            axes[row, column].set_title(title, fontsize=9)
-            axes[row, column].axis("off")
+    figure = Figure(figsize=(1.3 * len(cells[0]), 1.6 * len(cells)), layout="constrained")
+    for row, axes_row in zip(cells, figure.subplots(len(cells), len(cells[0]), squeeze=False)):
+        for (picture, title), axes in zip(row, axes_row):
+            axes.imshow(np.clip(picture / 2 + 0.5, 0, 1).squeeze(), cmap="gray", vmin=0, vmax=1)
+            axes.set_title(title, fontsize=9)
+            axes.axis("off")
     figure.savefig(path, dpi=100)
+
+
+def draw_reconstructions(images, stages, titles, path):
+    """Rows: images (N, H, W, C). Columns: the input, then stages (N, len(titles), H, W, C), each with its PSNR."""
+    cells = [[(image, "input")] + [(picture, f"{title}\n{float(keras.ops.psnr(image, picture, 2.0)):.1f} dB")
+                                   for picture, title in zip(pictures, titles)]
+             for image, pictures in zip(images, stages)]
+    draw_grid(cells, path)
 
 
 def draw_curves(folder):
@@ -303,7 +373,7 @@ def benchmark(options, method, hyperparameters):
     """Prints, as its last line, one JSON object about training steps on random grey images of 28×28 or --image-size."""
     size = options.image_size or 28
     count = hyperparameters["batch_size"]
-    model = build_model(options, method, hyperparameters, 1, 10, total_steps=1000)
+    model = build_model(options, method, hyperparameters, (size, size, 1), 10, total_steps=1000)
     rng = np.random.default_rng(options.seed)
     device = device_of(model)
     batch = (torch.tensor(rng.uniform(-1, 1, (count, size, size, 1)), dtype=torch.float32, device=device),
@@ -335,7 +405,7 @@ def benchmark(options, method, hyperparameters):
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     # Counted on the eager form, with attention as two plain products: the counter knows these on every device.
     options.compile = False
-    model = build_model(options, method, hyperparameters, 1, 10, total_steps=1000)
+    model = build_model(options, method, hyperparameters, (size, size, 1), 10, total_steps=1000)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         step()
     dtype = torch.bfloat16 if options.precision == "mixed_bfloat16" else torch.float32
