@@ -213,31 +213,13 @@ def weight_tensor(theta):
     return ops.stack(squares, axis=1)
 
 
-@keras.saving.register_keras_serializable("hyperinr")
-class ToPicture(keras.layers.Layer):
-    """theta* (N, L+2, D, D) -> (N, D, D, L+2), each layer times its number of inputs: by that the start of its kernel
-    was divided."""
-
-    def call(self, tensor):
-        layers, dim = tensor.shape[1:3]
-        inputs = ops.convert_to_tensor([2] + [dim] * (layers - 1), tensor.dtype)
-        return ops.transpose(tensor, (0, 2, 3, 1)) * inputs
-
-
-def latent_classifier(num_classes, latent_dim, dtype):
-    """Two-layer MLP: latents (N, V) -> logits (N, num_classes). (Sections 4.1 and 5.)"""
+def latent_classifier(num_classes, latent_dim, hidden_layers, dtype):
+    """MLP: latents (N, V) -> logits (N, num_classes). One hidden layer (sections 4.1 and 5); none where `pixel_encoder`
+    is the hidden layer (section 4.2)."""
     return keras.Sequential([
         keras.Input((latent_dim,)),
-        keras.layers.Dense(latent_dim, "relu", dtype=dtype),
+        *[keras.layers.Dense(latent_dim, "relu", dtype=dtype) for _ in range(hidden_layers)],
         keras.layers.Dense(num_classes, dtype=dtype.variable_dtype),  # logits in full precision
-    ], name="classifier")
-
-
-def pixel_classifier(num_classes, latent_dim, dtype):
-    """Second layer of the two-layer MLP whose first is `pixel_encoder`: (N, V) -> logits (N, num_classes)."""
-    return keras.Sequential([
-        keras.Input((latent_dim,)),
-        keras.layers.Dense(num_classes, dtype=dtype.variable_dtype),
     ], name="classifier")
 
 
@@ -245,7 +227,8 @@ def weight_classifier(num_classes, dim, depth, dtype):
     """Four convolutions, three dense layers: theta* -> logits (N, num_classes). (Section 4.1; the widths are ours.)"""
     return keras.Sequential([
         keras.Input((depth + 2, dim, dim)),
-        ToPicture(dtype=dtype),
+        keras.layers.Permute((2, 3, 1), dtype=dtype),
+        keras.layers.Rescaling([2.0] + [float(dim)] * (depth + 1), dtype=dtype),  # kernels start as U(±1/inputs)
         *[keras.layers.Conv2D(width, 3, strides=2, padding="same", activation="relu", kernel_initializer="he_normal",
                               data_format="channels_last", dtype=dtype) for width in (16, 32, 64, 64)],
         keras.layers.Flatten("channels_last", dtype=dtype),
@@ -288,11 +271,12 @@ class HyperINR(keras.Model):
         self.latent_penalty, self.weight_penalty, self.task_weight = latent_penalty, weight_penalty, task_weight
         if classifier == "pretrained":
             self.encoder = pixel_encoder(image_size, channels, latent_dim, policy)
-            self.classifier = pixel_classifier(num_classes, latent_dim, policy)
         else:
             self.encoder = image_encoder(image_size, channels, latent_dim, encoder_width, policy)
-            self.classifier = (weight_classifier(num_classes, dim, depth, policy) if classifier == "weights" else
-                               latent_classifier(num_classes, latent_dim, policy))
+        if classifier == "weights":
+            self.classifier = weight_classifier(num_classes, dim, depth, policy)
+        else:
+            self.classifier = latent_classifier(num_classes, latent_dim, 0 if classifier == "pretrained" else 1, policy)
         self.hypernetwork = HyperNetwork(latent_dim, dim, depth, channels, dtype=policy)
         self.render = render  # or its compiled form
         self.trackers = [keras.metrics.Mean(name=name) for name in ("loss", "mse", "psnr")]

@@ -31,6 +31,10 @@ TINY = ["--dim", "16", "--depth", "2", "--inner-steps", "2", "--blocks", "1", "-
         "--validation-images", "20", "--limit", "64"]
 
 
+TINY_HYPERINR = ["--method", "hyperinr", "--dim", "8", "--depth", "1", "--encoder-width", "2", "--latent-dim", "16",
+                 "--batch-size", "16", "--epochs", "2", "--validation-images", "20", "--limit", "64"]
+
+
 def run_python(*arguments, cwd=HERE, **environment):
     return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
                           env={**os.environ, **environment}, timeout=240)
@@ -805,7 +809,10 @@ def test_shapes_dataset_is_balanced_and_its_splits_differ():
     assert set(np.bincount(dataset.train_labels)) == {1_000} and set(np.bincount(dataset.test_labels)) == {200}
     train_set = {image.tobytes() for image in dataset.train_images}
     assert not any(image.tobytes() in train_set for image in dataset.test_images)
-    assert data.load("shapes", image_size=16, seed=5).train_images.shape == (10_000, 16, 16, 1)
+    small = data.load("shapes", image_size=16, seed=5)
+    assert small.train_images.shape == (10_000, 16, 16, 1)
+    fine = small.finer(7, 3)  # of the same test pictures, though no point but the corners is on both grids
+    assert fine.shape == (7, 48, 48, 1) and np.array_equal(fine[:, ::47, ::47], small.test_images[:7, ::15, ::15])
 
 
 @pytest.fixture(scope="module")
@@ -921,6 +928,40 @@ def test_a_whole_run(tmp_path, capsys):
     assert before == {path: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_a_whole_run_of_hyperinr(tmp_path, capsys, experiment):
+    folder = tmp_path / "run"
+    assert train.main([*TINY_HYPERINR, "--classifier", experiment, "--classifier-part", "0.5", "--run-dir", str(folder),
+                       "--seed", "3"]) == 0
+    output = capsys.readouterr().out
+    assert output.strip().endswith(str(folder))
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json", "history.csv", "model.keras", "results.json", "reconstructions.png", "curves.png",
+        "operations.png"}
+    results = json.loads((folder / "results.json").read_text())
+    assert results["parameters"] == expected_hyperinr_parameters(experiment, 16, 2, 8, 1)
+    dataset = data.load("shapes", seed=3)
+    model = keras.saving.load_model(folder / "model.keras")
+    metrics = model.evaluate(data.Batches(dataset.test_images, dataset.test_labels, 200), verbose=0, return_dict=True)
+    assert results["test_accuracy"] == pytest.approx(metrics["accuracy"])
+    assert results["test_psnr"] == pytest.approx(metrics["psnr"], rel=1e-5)
+
+    images, fine = (data.shapes(range(10_000, 11_000), size=size, seed=3)[0].astype("float32") / 127.5 - 1
+                    for size in (28, 112))
+
+    def psnr(truth, result):
+        return (10 * np.log10(4 / np.square(truth - result).mean(axis=(1, 2, 3)))).mean()
+
+    operations = results["operations"]
+    bilinear = functional.interpolate(torch.tensor(images).permute(0, 3, 1, 2), (112, 112), mode="bilinear",
+                                      align_corners=True).permute(0, 2, 3, 1).numpy()
+    assert operations["upsample"]["bilinear"] == pytest.approx(psnr(fine, bilinear), rel=1e-4)
+    assert operations["upsample"]["psnr"] == pytest.approx(psnr(fine, model.upsample(images, 4)), rel=1e-4)
+    assert 12 < operations["denoise"]["noisy"] < 14  # noise of 0.5: 12 dB, and more where it is clipped
+    for operation, figures in operations.items():
+        assert f"{operation}: {figures['psnr']:.2f} dB" in output and 0 < figures["psnr"] < 40
+
+
 def test_a_run_on_a_tfds_dataset(dummy_mnist, tmp_path):
     assert train.main(["--dataset", "dummy_mnist", "--data-dir", str(dummy_mnist / "array_record"), "--run-dir",
                        str(tmp_path / "run"), *TINY, "--validation-images", "0", "--precision", "mixed_bfloat16",
@@ -932,9 +973,17 @@ def test_a_run_on_a_tfds_dataset(dummy_mnist, tmp_path):
     assert keras.saving.load_model(tmp_path / "run" / "model.keras").classifier.layers[2].compute_dtype == "bfloat16"
 
 
-def test_the_same_seed_gives_the_same_run(tmp_path):
+def test_hyperinr_on_a_tfds_dataset_of_an_odd_size(dummy_mnist, tmp_path):
+    assert train.main([*TINY_HYPERINR, "--dataset", "dummy_mnist", "--data-dir", str(dummy_mnist / "array_record"),
+                       "--run-dir", str(tmp_path / "run"), "--validation-images", "0", "--image-size", "13"]) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["operations"]["upsample"]["bilinear"] > 40  # its images are all of one grey
+
+
+@pytest.mark.parametrize("tiny", [TINY, TINY_HYPERINR], ids=train.METHODS)
+def test_the_same_seed_gives_the_same_run(tmp_path, tiny):
     for name in ("a", "b"):
-        assert train.main(["--run-dir", str(tmp_path / name), *TINY]) == 0
+        assert train.main(["--run-dir", str(tmp_path / name), *tiny]) == 0
     assert (tmp_path / "a" / "history.csv").read_text() == (tmp_path / "b" / "history.csv").read_text()
 
 
@@ -970,6 +1019,10 @@ BAD_OPTIONS = [
     (["--task-weight", "-1"], "from 0 up"), (["--warmup", "2"], "between 0 and 1"), (["--seed", "4294967296"], "2**32"),
     (["--dataset", "mnist:9.9.9"], "unknown dataset"), (["--dataset", "imagenette/320px-v2"], "--image-size 64"),
     (["--shared-step-sizes", "maybe"], "true"), (["--no-such-flag"], "flag"),
+    (["--method", "hyperinr", "--classifier", "cnn"], "pretrained"), (["--method", "hyperinr", "--dim", "0"], "from 1"),
+    (["--method", "hyperinr", "--classifier-part", "1"], "between 0 and 1"),
+    (["--method", "hyperinr", "--final-rate", "2"], "between 0 and 1"),
+    (["--method", "hyperinr", "--inner-steps", "6"], "--inner-steps"), (["--classifier", "joint"], "--classifier"),
 ]
 
 
@@ -1003,14 +1056,15 @@ def test_start_imports_neither_tensorflow_nor_tfds(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_help_shows_every_hyperparameter_and_its_defaults(capsys):
+@pytest.mark.parametrize("method", [mwt, hyperinr])
+def test_help_shows_every_hyperparameter_and_its_defaults(capsys, method):
     with pytest.raises(SystemExit) as stopped:
-        train.main(["--help"])
+        train.main(["--method", method.__name__, "--help"])
     options = " ".join(capsys.readouterr().out.split("hyperparameters:")[1].split()).split(" --")
     assert stopped.value.code == 0
-    for name, value in mwt.PAPER.items():
+    for name, value in method.PAPER.items():
         option, = (option for option in options if option.startswith(name.replace("_", "-") + " "))
-        assert f", paper {value}, " in option and f" quick {mwt.PRESETS['quick'][name]}, " in option
+        assert f", paper {value}" in option and f" quick {method.PRESETS['quick'][name]}, " in option
 
 
 def test_options_change_the_preset_they_start_from():
@@ -1031,6 +1085,20 @@ def test_benchmark(capsys):
     transformer = 64 * (33 * 32 + 3 * (6 * 32**2 + 2 * 64 * 32))
     expected = 2 * 16 * ((2 * 9 + 3) * siren + 3 * transformer) / 1e9
     assert 0.75 * expected < figures["gflop_per_step"] <= 1.05 * expected
+
+
+def test_benchmark_of_hyperinr(capsys):
+    assert train.main(["--method", "hyperinr", "--benchmark", "--batch-size", "16", "--dim", "64", "--image-size", "16",
+                       "--encoder-width", "8", "--latent-dim", "64"]) == 0
+    figures = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    # Forward: a multiply-add per weight and place where it is used; training triples it, but for the gradients of
+    # inputs that nobody needs.
+    siren = 256 * (2 * 64 + 3 * 64**2 + 64)
+    hyper = 10 * 2 * 64**2 + 64 * (3 * 64 + 3 * 64**2 + 64 + 4 * 64 + 1)
+    encoder = 256 * 9 * 8 + sum((16 >> block + 1)**2 * (10 * i * 2 * i + 9 * (2 * i)**2)
+                                for block, i in enumerate((8, 16, 32))) + 4 * 64 * 64
+    expected = 2 * 16 * 3 * (siren + hyper + encoder + 64 * 74) / 1e9
+    assert 0.9 * expected < figures["gflop_per_step"] <= 1.02 * expected
 
 
 # ---- README.md ----
