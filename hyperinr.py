@@ -101,19 +101,6 @@ def resize(images, size):
     return ops.transpose(resized, (0, 2, 3, 1))
 
 
-def fill_with_mean(images, mask):
-    """Images (N, H, W, C) with the mean of each one's other pixels where the boolean mask, (H, W) or (N, H, W), is
-    true. Raises ValueError for a mask of another shape or type, or one that leaves no pixel."""
-    images, mask = np.asarray(images, "float32"), np.asarray(mask)
-    if mask.dtype != bool or mask.shape not in (images.shape[1:3], images.shape[:3]):
-        raise ValueError(f"mask must be boolean, of shape {images.shape[1:3]} or {images.shape[:3]}; got {mask.dtype}, "
-                         f"{mask.shape}")
-    hole = np.broadcast_to(mask, images.shape[:3])[..., None]
-    if hole.all(axis=(1, 2)).any():
-        raise ValueError("mask must leave some pixels of every image")
-    return np.where(hole, images.mean(axis=(1, 2), where=~hole, keepdims=True), images)
-
-
 @keras.saving.register_keras_serializable("hyperinr")
 class ResidualBlock(keras.layers.Layer):
     """Two 3×3 convolutions beside a 1×1 one: (N, H, W, inputs) -> (N, H/2, W/2, width), rounded up."""
@@ -192,16 +179,6 @@ class HyperNetwork(keras.layers.Layer):
 # ---- Classifiers ----
 
 
-def latent_classifier(num_classes, latent_dim, dtype):
-    """Two-layer MLP: latents (N, V) -> logits (N, num_classes). (Sections 4.1 and 5.) Behind `pixel_encoder` only its
-    second layer is left."""
-    return keras.Sequential([
-        keras.Input((latent_dim,)),
-        keras.layers.Dense(latent_dim, "relu", dtype=dtype),
-        keras.layers.Dense(num_classes, dtype=dtype.variable_dtype),  # logits in full precision
-    ], name="classifier")
-
-
 def weight_tensor(theta):
     """theta* (N, L+2, D, D): the kernels of all layers, each (outputs, inputs); the first is repeated along its inputs,
     the last along its outputs, until they fill a square. (Section 4.1.)"""
@@ -240,6 +217,19 @@ def weight_classifier(num_classes, dim, depth, dtype):
 
 
 # ---- The model ----
+
+
+def fill_with_mean(images, mask):
+    """Images (N, H, W, C) with the mean of each one's other pixels where the boolean mask, (H, W) or (N, H, W), is
+    true. Raises ValueError for a mask of another shape or type, or one that leaves no pixel."""
+    images, mask = ops.convert_to_numpy(images), np.asarray(mask)
+    if mask.dtype != bool or mask.shape not in (images.shape[1:3], images.shape[:3]):
+        raise ValueError(f"mask must be boolean, of shape {images.shape[1:3]} or {images.shape[:3]}; got {mask.dtype}, "
+                         f"{mask.shape}")
+    hole = np.broadcast_to(mask, images.shape[:3])[..., None]
+    if hole.all(axis=(1, 2)).any():
+        raise ValueError("mask must leave some pixels of every image")
+    return np.where(hole, images.mean(axis=(1, 2), where=~hole, keepdims=True), images)
 
 
 @keras.saving.register_keras_serializable("hyperinr")
