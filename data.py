@@ -200,10 +200,37 @@ def _read_split(tfds, builder, split, image_size):
 def _resize(image, size):
     if size is None or image.shape[:2] == (size, size):
         return image
+    from PIL import Image
+
+    return _fit(Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image), size, size)
+
+
+def _fit(picture, height, width):
+    """A Pillow image, scaled so that it covers height × width and cropped to it about its middle: (H, W, C)."""
     from PIL import Image, ImageOps
 
-    picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
-    return np.asarray(ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)).reshape(size, size, -1)
+    return np.asarray(ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC)).reshape(height, width, -1)
+
+
+def read_image(path, height, width, channels):
+    """An image file of any size and mode as `uint8` (height, width, channels), scaled and cropped like a dataset's.
+
+    Transparent parts become black, like the ground of most datasets. Raises DataError for what is no whole image.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file)
+            if picture.mode.startswith("I"):  # 16 bits, which Pillow would clip
+                picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
+            elif picture.has_transparency_data:
+                picture = picture.convert("RGBA")
+                picture = Image.alpha_composite(Image.new("RGBA", picture.size, (0, 0, 0, 255)), picture)
+            return _fit(picture.convert("L" if channels == 1 else "RGB"), height, width)
+    except Exception as error:  # Pillow's decoders raise nearly anything: OSError, SyntaxError, ValueError, struct.error
+        raise DataError(f"cannot read {path} as an image ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
+                        ) from error
 
 
 # ---- Batches ----
@@ -212,8 +239,8 @@ def _resize(image, size):
 class Batches(keras.utils.PyDataset):
     """Batches for `fit` and `evaluate`: images `float32` in [-1, 1], (n, H, W, C), and labels (n,).
 
-    With a `seed` the order is random, new in each epoch, and the rest that does not fill a batch is left out; order and
-    augmentation follow from (seed, epoch, batch) alone. Without one the order is kept and nothing is left out.
+    With a `seed` the order is random, and the rest that does not fill a batch is left out; order and augmentation follow
+    from (seed, epoch, batch) alone: `begin` says where to start. Without one the order is kept and nothing is left out.
 
     augment: reflect-pad by 4 pixels and crop at random; with `flip` also mirror every other image (MWT's augmentation).
     """
@@ -221,22 +248,22 @@ class Batches(keras.utils.PyDataset):
     def __init__(self, images, labels, batch_size, seed=None, augment=False, flip=False):
         super().__init__()
         self.images, self.labels, self.batch_size = images, labels, batch_size
-        self.seed, self.augment, self.flip, self.epoch = seed, augment, flip, 0
-        self._draw_order()
+        self.seed, self.augment, self.flip = seed, augment, flip
+        self.steps = len(images) // batch_size if seed is not None else -(-len(images) // batch_size)  # of a whole epoch
+        self.begin(epoch=1)
 
-    def _draw_order(self):
+    def begin(self, epoch, first=0):
+        """What comes next are the batches of this epoch, counted from 1, without so many at its beginning."""
+        self.epoch, self.first = epoch, first
         self.order = np.arange(len(self.images))
         if self.seed is not None:
-            np.random.default_rng((self.seed, self.epoch)).shuffle(self.order)
+            np.random.default_rng((self.seed, epoch)).shuffle(self.order)
 
     def __len__(self):
-        return len(self.images) // self.batch_size if self.seed is not None else -(-len(self.images) // self.batch_size)
-
-    def on_epoch_end(self):
-        self.epoch += 1
-        self._draw_order()
+        return self.steps - self.first
 
     def __getitem__(self, index):
+        index += self.first
         chosen = self.order[index * self.batch_size:(index + 1) * self.batch_size]
         images = self.images[chosen].astype("float32") / 127.5 - 1
         if self.augment:

@@ -315,14 +315,17 @@ class HyperINR(keras.Model):
             raise ValueError(f"factor must be at least 1; it is {factor}")
         return self.reconstruct(images, [round(factor * side) for side in images.shape[1:3]])
 
-    def inpaint(self, images, mask):
+    def inpaint(self, images, mask, steps=8):
         """Fills holes: images (N, H, W, C) -> the same shape, as they were but where mask is true.
 
-        mask: boolean, (H, W) or (N, H, W). The hole's own pixels have no influence: the encoder sees the mean of the
-        image's others there. Raises ValueError as `fill_with_mean` does.
+        mask: boolean, (H, W) or (N, H, W). The hole's own pixels have no influence: the encoder first sees the mean of
+        the image's others there, and then, steps - 1 times, what the SIREN drew in the hole the time before, which
+        comes ever closer to a picture that it knows. Raises ValueError as `fill_with_mean` does.
         """
         filled = fill_with_mean(images, mask)
-        return np.where(np.asarray(mask)[..., None], self.reconstruct(filled), filled)
+        for _ in range(steps):
+            filled = np.where(np.asarray(mask)[..., None], self.reconstruct(filled), filled)
+        return filled
 
     def denoise(self, images):
         """Noisy images (N, H, W, C) -> the same shape: the reconstruction, in which noise, unlike all that the training

@@ -1,20 +1,27 @@
 """Trains one method on one dataset: `python train.py --method mwt --dataset mnist`; `--help` lists all options.
 
 Reads the options, loads the data, builds the method's model from its preset, fits it, evaluates it on the test split
-and writes a folder: config.json, history.csv, model.keras, results.json and pictures.
+and writes a folder: config.json, history.csv, model.keras, results.json and pictures. A run that was interrupted, at
+any moment and in any way, goes on with `--resume FOLDER` and ends as if it had not been. `--evaluate FOLDER` and
+`--predict FOLDER IMAGE…` use what a run has left.
 """
 
 import argparse
+import contextlib
 import csv
 import ctypes
+import hashlib
 import importlib
 import inspect
+import io
 import json
 import math
 import os
 import pathlib
 import platform
 import random
+import shutil
+import signal
 import statistics
 import sys
 import time
@@ -22,6 +29,7 @@ import time
 os.environ.setdefault("KERAS_BACKEND", "torch")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+import h5py
 import keras
 import numpy as np
 import torch
@@ -81,10 +89,20 @@ def type_like(value):
 
 
 def parse(arguments):
-    """Options as a namespace, the method's module, and its preset with the options' changes."""
+    """Options as a namespace, the method's module, and its hyperparameters: those of the preset, or of the run that the
+    options name, with the options' changes."""
     first = Parser(add_help=False)
     first.add_argument("--method", choices=METHODS, default="mwt", help="default: mwt")
-    method = importlib.import_module(first.parse_known_args(arguments)[0].method)
+    use = first.add_argument_group("use what a run has left").add_mutually_exclusive_group()
+    use.add_argument("--resume", type=pathlib.Path, metavar="RUN_FOLDER", help="go on with an interrupted run")
+    use.add_argument("--evaluate", type=pathlib.Path, metavar="RUN_FOLDER", help="evaluate a run's model again, on its "
+                     "dataset or another; writes RUN_FOLDER/evaluation-<dataset>/")
+    use.add_argument("--predict", nargs="+", metavar=("RUN_FOLDER", "IMAGE"),
+                     help="classify image files; writes their reconstructions to RUN_FOLDER/predictions/")
+    chosen = first.parse_known_args(arguments)[0]
+    folder = chosen.resume or chosen.evaluate or (pathlib.Path(chosen.predict[0]) if chosen.predict else None)
+    config = read_config(folder) if folder else {}
+    method = importlib.import_module(config.get("method", chosen.method))
 
     parser = Parser(description=__doc__.splitlines()[0], parents=[first], allow_abbrev=False)
     parser.add_argument("--dataset", default="shapes", help="shapes (default), or the TFDS name of an image "
@@ -103,6 +121,8 @@ def parse(arguments):
                         help="where TFDS keeps datasets (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)")
     parser.add_argument("--run-dir", type=pathlib.Path, help="folder to write (default: "
                         "runs/<method>-<dataset>-<preset>-<seed>)")
+    parser.add_argument("--save-every", type=at_least(1), default=500, help="save the state for --resume after that "
+                        "many steps, as after each epoch (default: 500)")
     parser.add_argument("--precision", choices=["float32", "mixed_bfloat16"], default="float32",
                         help="mixed_bfloat16 keeps the INR in float32 (default: float32)")
     parser.add_argument("--compile", action="store_true",
@@ -114,8 +134,35 @@ def parse(arguments):
                            help=", ".join(f"{preset} {values[name]}" for preset, values in method.PRESETS.items()),
                            default=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    preset = method.PRESETS[options.preset]
-    return options, method, {name: getattr(options, name, value) for name, value in preset.items()}
+    unset = argparse.Namespace(**dict.fromkeys(vars(options)))  # what it has, None too, gets no default
+    given = {name: value for name, value in vars(parser.parse_args(arguments, unset)).items() if value is not None}
+    hyperparameters = {**method.PRESETS[options.preset], **{name: value for name, value in config.items()
+                                                            if name in method.PRESETS["quick"]}}
+    free = {"resume", "evaluate", "predict"} | ({"dataset", "data_dir", "image_size"} if options.evaluate else set())
+    for name, value in given.items() if folder else ():
+        said = str(value) if isinstance(value, pathlib.Path) else value
+        if name not in free and said != config.get(name):
+            refuse(f"--{name.replace('_', '-')} {said} contradicts {folder / 'config.json'}, which says "
+                   f"{config.get(name)}: leave it out, or start a new run")
+    for name, value in config.items():
+        if hasattr(options, name) and name not in {*free} & {*given}:
+            setattr(options, name, value)
+    if folder:
+        options.run_dir = folder
+    return options, method, {name: given.get(name, value) for name, value in hyperparameters.items()}
+
+
+def read_config(folder):
+    """What config.json in a run's folder says."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        if config["method"] in METHODS and isinstance(config["image_shape"], list):
+            return config
+        refuse(f"{folder / 'config.json'} is not of a run of this program")
+    except OSError as error:
+        refuse(f"{folder} holds no run ({error.strerror}: config.json): give the folder that a run has named")
+    except (ValueError, KeyError, TypeError) as error:
+        refuse(f"{folder / 'config.json'} is damaged ({error}): it has to come back from a copy")
 
 
 # ---- Training ----
@@ -141,65 +188,182 @@ def build_model(options, method, hyperparameters, image_shape, num_classes, tota
     return model
 
 
-class KeepGoodModel(keras.callbacks.Callback):
-    """Saves the model at the start and after each epoch; stops, and leaves the file as it is, once numbers are not
-    finite any more."""
+# ---- The state of a run ----
 
-    failed = None
 
-    def __init__(self, path):
+def sync(path):
+    """Returns when a file's content, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_whole(path, write):
+    """Calls write(a path beside this one) and puts that file in place: at every moment, also if the machine stops, the
+    old or the new one is there, whole."""
+    beside = path.with_name("new-" + path.name)
+    write(beside)
+    sync(beside)
+    os.replace(beside, path)
+    if os.name == "posix":
+        sync(path.parent)
+
+
+def write_json(path, content):
+    write_whole(path, lambda beside: beside.write_text(json.dumps(content, indent=1)))
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Keeps other processes out of the folder until this one is done with it or ends, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            refuse(f"{folder} is in use by another process: wait until that one ends, or take another --run-dir")
+        yield
+    finally:
+        os.close(descriptor)
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM came; the argument is the signal's number."""
+
+
+class Diverged(Exception):
+    """The loss or the weights are not finite any more; the argument says since when."""
+
+
+class Run(keras.callbacks.Callback):
+    """Writes what a run leaves while it trains, and the state from which it can go on exactly.
+
+    A state is one file: the SHA-256 of the rest, then HDF5 with all variables (weights, random seeds, metrics,
+    optimizers), pictures, and, as JSON, how far the run has come. Two such files take turns, so the last state stays
+    until a newer one is on the disk. What a run does in a step follows from its state, the seed, the epoch and the step
+    alone.
+
+    images: of which `snapshots` keeps reconstructions, before the first and after each epoch; None for none.
+    """
+
+    def __init__(self, folder, batches, save_every, images):
         super().__init__()
-        self.path, self.epochs = path, 0
+        self.folder, self.batches, self.save_every, self.images = folder, batches, save_every, images
+        self.epoch = self.step = 0  # so many epochs are done, and so many steps of the next
+        self.elapsed, self.seconds = 0.0, []  # in this epoch, in each epoch before
+        self.history, self.snapshots = [], []
+        self.slot, self.metrics, self.training, self.signal = 0, None, False, None
+        self.states = [folder / "checkpoint" / f"state-{slot}" for slot in range(2)]
 
-    def save(self):
-        beside = self.path.with_name("saving.keras")
-        self.model.save(beside)
-        os.replace(beside, self.path)  # in one step: an interrupted save leaves the old file
+    def variables(self):
+        model = self.model
+        return [variable for part in (model, *model.optimizers, *model.metrics) for variable in part.variables]
 
-    def fail(self, what):
-        self.failed = f"{what} in epoch {self.epochs + 1}"
-        self.model.stop_training = True
+    def save_state(self):
+        if not all(torch.isfinite(variable.value).all() for variable in self.model.trainable_variables):
+            raise Diverged(f"the weights became infinite or not a number before step {self.step + 1} of epoch "
+                           f"{self.epoch + 1}")
+        buffer = io.BytesIO()
+        progress = {name: getattr(self, name) for name in ("epoch", "step", "elapsed", "seconds", "history")}
+        with h5py.File(buffer, "w") as file:
+            file["progress"] = json.dumps(progress)
+            for index, variable in enumerate(self.variables()):
+                file[f"variables/{index}"] = keras.ops.convert_to_numpy(variable.value)
+            file["snapshots"] = np.array(self.snapshots)
+        content = buffer.getbuffer()
 
-    def on_train_begin(self, logs=None):
-        self.save()
+        def write(path):
+            with open(path, "wb") as file:
+                file.write(hashlib.sha256(content).digest())
+                file.write(content)
+
+        write_whole(self.states[1 - self.slot], write)
+        self.slot = 1 - self.slot
+
+    def restore(self):
+        """Goes to the newest state that is whole; says which is not. Without any, the run is at its beginning."""
+        states, damaged = {}, []
+        for slot, path in enumerate(self.states):
+            if path.exists():
+                content = memoryview(path.read_bytes())
+                if hashlib.sha256(content[32:]).digest() != content[:32]:
+                    damaged.append(str(path))
+                    continue
+                file = h5py.File(io.BytesIO(content[32:]), "r")
+                states[slot] = file, json.loads(file["progress"][()])
+        if damaged and not states:
+            refuse(f"{' and '.join(damaged)} damaged, no other state is left: start the run again in another --run-dir")
+        if damaged:
+            print(f"train.py: {damaged[0]} is damaged; going on from the state before it", file=sys.stderr)
+        if not states:
+            return
+        self.slot = max(states, key=lambda slot: (states[slot][1]["epoch"], states[slot][1]["step"]))
+        file, progress = states[self.slot]
+        vars(self).update(progress)
+        self.snapshots = list(file["snapshots"])
+        for index, variable in enumerate(self.variables()):
+            variable.assign(file[f"variables/{index}"][()])
+        self.metrics = [[variable.numpy() for variable in metric.variables] for metric in self.model.metrics]
+
+    def fit(self, epochs, validation):
+        """Trains from where the run is to the end; raises Interrupted, Diverged, and OSError where saving fails."""
+        if self.images is not None and not self.snapshots:
+            self.snapshots.append(self.model.reconstruct(self.images))
+        self.write_files()
+        self.training = True
+        # Keras counts the batches of an epoch once, so the rest of an epoch is trained by a call of its own.
+        for last in (self.epoch + 1, epochs) if self.step else (epochs,):
+            self.batches.begin(self.epoch + 1, self.step)
+            self.model.fit(self.batches, epochs=last, initial_epoch=self.epoch, validation_data=validation,
+                           shuffle=False, callbacks=[self])  # Keras would shuffle once more, by a seed of its own
+        self.training = False
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.batches.begin(epoch + 1, self.step)
+        self.start = time.perf_counter() - self.elapsed
+        if self.step:  # Keras has just reset them
+            for metric, values in zip(self.model.metrics, self.metrics):
+                for variable, value in zip(metric.variables, values):
+                    variable.assign(value)
 
     def on_train_batch_end(self, batch, logs=None):
         if not math.isfinite(logs["loss"]):
-            self.fail(f"the loss became {logs['loss']} in step {batch + 1}")
-
-    def on_epoch_end(self, epoch, logs=None):
-        if not self.failed and not all(np.isfinite(weight).all() for weight in self.model.get_weights()):
-            self.fail("the weights became infinite or not a number")
-        if not self.failed:
-            self.epochs = epoch + 1
-            self.save()
-
-
-class EpochTimes(keras.callbacks.Callback):
-    """Seconds that each epoch took, validation included."""
-
-    def on_train_begin(self, logs=None):
-        self.seconds = []
-
-    def on_epoch_begin(self, epoch, logs=None):
-        self.start = time.perf_counter()
+            raise Diverged(f"the loss became {logs['loss']} in step {self.step + 1} of epoch {self.epoch + 1}")
+        self.step += 1
+        if self.step == self.batches.steps:
+            return  # the epoch ends with validation, and saves then
+        if self.signal or self.step % self.save_every == 0:
+            self.elapsed = time.perf_counter() - self.start
+            self.save_state()
+        if self.signal:
+            raise Interrupted(self.signal)
 
     def on_epoch_end(self, epoch, logs=None):
         self.seconds.append(time.perf_counter() - self.start)
+        self.history.append({"epoch": epoch, **logs})
+        self.epoch, self.step, self.elapsed = epoch + 1, 0, 0.0
+        if self.images is not None:
+            self.snapshots.append(self.model.reconstruct(self.images))
+        self.save_state()
+        self.write_files()
+        if self.signal:
+            raise Interrupted(self.signal)
 
-
-class Snapshots(keras.callbacks.Callback):
-    """Keeps what the model makes of some images before the first and after each epoch: arrays (N, H, W, C)."""
-
-    def __init__(self, images):
-        super().__init__()
-        self.images, self.taken = images, []
-
-    def on_train_begin(self, logs=None):
-        self.taken.append(self.model.reconstruct(self.images))
-
-    def on_epoch_end(self, epoch, logs=None):
-        self.taken.append(self.model.reconstruct(self.images))
+    def write_files(self):
+        """history.csv and model.keras, as of the last epoch."""
+        rows = io.StringIO()
+        writer = csv.DictWriter(rows, self.history[0] if self.history else ["epoch"])
+        writer.writeheader()
+        writer.writerows(self.history)
+        write_whole(self.folder / "history.csv", lambda beside: beside.write_text(rows.getvalue(), newline=""))
+        write_whole(self.folder / "model.keras", self.model.save)
 
 
 def device_of(model):
@@ -212,79 +376,145 @@ def device_name(model):
     return f"{device_of(model).type.upper()}, {torch.get_num_threads()} threads"
 
 
-def train(options, method, hyperparameters):
-    """One run, from data to pictures. Returns the exit status."""
-    folder = options.run_dir or pathlib.Path("runs", "-".join(
-        [options.method, options.dataset.replace("/", "-"), options.preset, str(options.seed)]))
-    try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            refuse(f"{folder} already holds a run: take another --run-dir or --seed, or remove it")
-    except OSError as error:
-        refuse(f"cannot read {folder} ({error.strerror}): take another --run-dir")
-    build_model(options, method, hyperparameters, (28, 28, 1), 10, total_steps=1)  # refuses before it loads what takes time
+def load_dataset(options):
     try:
         dataset = data.load(options.dataset, options.data_dir, options.image_size, options.seed)
     except data.DataError as error:
         refuse(error)
-    # Keras would import TensorFlow to save a model, seconds for nothing: from here on it counts as not installed.
+    # Keras would import TensorFlow to save or load a model, seconds for nothing: from here on it counts as not there.
     sys.modules.setdefault("tensorflow", None)
+    return dataset
+
+
+def evaluation_batches(images, labels):
+    """Batches as large as 200 images of 28×28, to bound the memory."""
+    return data.Batches(images, labels, max(1, 200 * 28**2 // math.prod(images.shape[1:3])))
+
+
+def train(options, method, hyperparameters):
+    """One run, or the rest of it, from data to pictures. Returns the exit status."""
+    folder = options.run_dir or pathlib.Path("runs", "-".join(
+        [options.method, options.dataset.replace("/", "-"), options.preset, str(options.seed)]))
+    try:
+        if not options.resume and folder.exists() and (
+                not folder.is_dir() or any(path.name != "new-config.json" for path in folder.iterdir())):
+            refuse(f"{folder} already holds a run: --resume it, take another --run-dir or --seed, or remove it")
+    except OSError as error:
+        refuse(f"cannot read {folder} ({error.strerror}): take another --run-dir")
+    if (folder / "results.json").exists():
+        print(f"{folder} holds a finished run: nothing to do")
+        return 0
+    build_model(options, method, hyperparameters, (28, 28, 1), 10, total_steps=1)  # refuses before it loads data
+    dataset = load_dataset(options)
     order = np.random.default_rng(options.seed).permutation(len(dataset.train_images))
     held_out, chosen = np.split(order, [options.validation_images])
     chosen = chosen[:options.limit]
-    batch_size = hyperparameters["batch_size"]
+    batch_size, epochs = hyperparameters["batch_size"], hyperparameters["epochs"]
     if len(chosen) < batch_size:
         refuse(f"{len(chosen)} training images do not fill a batch of {batch_size}: "
                "take a smaller --batch-size or --validation-images, or a larger --limit")
     batches = data.Batches(dataset.train_images[chosen], dataset.train_labels[chosen], batch_size,
                            seed=options.seed, augment=options.augment, flip=dataset.flip)
-    evaluated = max(1, 200 * 28**2 // math.prod(dataset.test_images.shape[1:3]))  # images at once: bounds the memory
-    validation = data.Batches(dataset.train_images[held_out], dataset.train_labels[held_out], evaluated)
-    test = data.Batches(dataset.test_images, dataset.test_labels, evaluated)
-    epochs = hyperparameters["epochs"]
+    validation = evaluation_batches(dataset.train_images[held_out], dataset.train_labels[held_out])
     model = build_model(options, method, hyperparameters, dataset.train_images.shape[1:], len(dataset.class_names),
-                        epochs * len(batches))
+                        epochs * batches.steps)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        versions = {"python": platform.python_version(), "keras": keras.__version__, "torch": torch.__version__,
-                    "numpy": np.__version__}
-        settings = {name: str(value) if isinstance(value, pathlib.Path) else value
-                    for name, value in {**vars(options), **hyperparameters}.items()}
-        (folder / "config.json").write_text(json.dumps({**settings, "versions": versions}, indent=1))
+        (folder / "checkpoint").mkdir(parents=True, exist_ok=True)
+        lock = contextlib.ExitStack()
+        lock.enter_context(locked(folder))
     except OSError as error:
         refuse(f"cannot write {folder} ({error.strerror}): take another --run-dir")
-
-    print(f"{options.method} on {options.dataset}: {len(chosen):,} training images of {dataset.train_images.shape[1:]}, "
-          f"{len(held_out):,} for validation, {len(dataset.test_images):,} for the test; {device_name(model)}")
-    guard, times = KeepGoodModel(folder / "model.keras"), EpochTimes()
-    shown = dataset.test_images[:8].astype("float32") / 127.5 - 1
-    snapshots = Snapshots(shown)
-    model.fit(batches, epochs=epochs, validation_data=validation if len(held_out) else None,
-              callbacks=[guard, times, keras.callbacks.CSVLogger(folder / "history.csv"),
-                         *([] if options.method == "mwt" else [snapshots])])
-    if guard.failed:
-        print(f"train.py: stopped, {guard.failed}; {folder / 'model.keras'} holds the model after {guard.epochs} "
-              "epochs: lower the learning rates, or take another --seed", file=sys.stderr)
-        return 1
-    results = {f"test_{name}": value for name, value in model.evaluate(test, verbose=0, return_dict=True).items()}
-    results |= {"parameters": model.count_params(), "seconds_per_epoch": statistics.mean(times.seconds),
-                "device": device_name(model), "method": options.method, "preset": options.preset,
-                "dataset": options.dataset}
-    draw_curves(folder)
-    if options.method == "mwt":  # adapts its INR to an image step by step
-        stages = model.reconstruct(shown)
-        draw_reconstructions(shown, stages, [f"step {step}" for step in range(stages.shape[1])],
-                             folder / "reconstructions.png")
-    else:
-        chosen = np.unique(np.linspace(0, epochs, 8).round().astype(int))
-        draw_reconstructions(shown, np.stack([snapshots.taken[epoch] for epoch in chosen], axis=1),
-                             [f"epoch {epoch}" for epoch in chosen], folder / "reconstructions.png")
-    print(f"test accuracy {results['test_accuracy']:.2%}, PSNR {results['test_psnr']:.2f} dB on "
-          f"{len(dataset.test_images):,} images")
-    if options.method == "hyperinr":
-        results["operations"] = use_image_operations(model, method, dataset, options.seed, folder / "operations.png")
-    (folder / "results.json").write_text(json.dumps(results, indent=1))
+    with lock:
+        print(f"{options.method} on {options.dataset}: {len(chosen):,} training images of "
+              f"{dataset.train_images.shape[1:]}, {len(held_out):,} for validation, {len(dataset.test_images):,} for "
+              f"the test; {device_name(model)}")
+        shown = None if options.method == "mwt" else test_pictures(dataset)  # mwt has steps of its own to show
+        run = Run(folder, batches, options.save_every, shown)
+        run.set_model(model)
+        try:
+            with signals_to(run):
+                if options.resume:
+                    run.restore()
+                    print(f"going on after {run.epoch} epochs and {run.step} steps")
+                else:
+                    versions = {"python": platform.python_version(), "keras": keras.__version__,
+                                "torch": torch.__version__, "numpy": np.__version__}
+                    write_json(folder / "config.json", {
+                        **settings(options), **hyperparameters, "image_shape": dataset.train_images.shape[1:],
+                        "class_names": dataset.class_names, "versions": versions})
+                run.fit(epochs, validation if len(held_out) else None)
+                results = evaluate_model(options, method, model, dataset, folder, run.snapshots)
+                draw_curves(run.history, folder / "curves.png")
+                write_json(folder / "results.json", {**results, "seconds_per_epoch": statistics.mean(run.seconds)})
+        except Diverged as problem:
+            print(f"train.py: stopped, {problem}; {folder / 'model.keras'} holds the model after {run.epoch} epochs: "
+                  "lower the learning rates, or take another --seed", file=sys.stderr)
+            return 1
+        except OSError as error:
+            print(f"train.py: cannot write {folder} ({error.strerror or error}): make room or give access, then "
+                  f"python train.py --resume {folder} goes on from the last state", file=sys.stderr)
+            return 1
+        except Interrupted as interruption:
+            print(f"\ntrain.py: interrupted; python train.py --resume {folder} goes on", file=sys.stderr)
+            return 128 + interruption.args[0]
+        shutil.rmtree(folder / "checkpoint")
     print(folder)
     return 0
+
+
+def settings(options):
+    """The options that describe a run, as JSON has them."""
+    return {name: str(value) if isinstance(value, pathlib.Path) else value for name, value in vars(options).items()
+            if name not in ("resume", "evaluate", "predict", "benchmark")}
+
+
+@contextlib.contextmanager
+def signals_to(run):
+    """SIGINT and SIGTERM let a training step finish and the state be saved, where the run is training, and raise
+    Interrupted. A second one ends the program at once."""
+    def note(number, frame):
+        for other in old:
+            signal.signal(other, signal.SIG_DFL)
+        if not run.training:
+            raise Interrupted(number)
+        run.signal = number
+
+    old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def test_pictures(dataset):
+    return dataset.test_images[:8].astype("float32") / 127.5 - 1
+
+
+def evaluate_model(options, method, model, dataset, folder, snapshots):
+    """Figures of the model on the test split, printed and returned; draws the pictures that the method's paper shows.
+
+    snapshots: reconstructions of `test_pictures` after some epochs; none for the finished model's alone.
+    """
+    test = evaluation_batches(dataset.test_images, dataset.test_labels)
+    results = {f"test_{name}": value for name, value in model.evaluate(test, verbose=0, return_dict=True).items()}
+    results |= {"parameters": model.count_params(), "device": device_name(model), "method": options.method,
+                "preset": options.preset, "dataset": options.dataset}
+    print(f"test accuracy {results['test_accuracy']:.2%}, PSNR {results['test_psnr']:.2f} dB on "
+          f"{len(dataset.test_images):,} images")
+    images = test_pictures(dataset)
+    if options.method == "mwt":  # adapts its INR to an image step by step
+        stages = model.reconstruct(images)                                       # (N, steps+1, H, W, C)
+        titles = [f"step {step}" for step in range(stages.shape[1])]
+    elif snapshots:
+        chosen = np.unique(np.linspace(0, len(snapshots) - 1, 8).round().astype(int))
+        stages, titles = np.stack([snapshots[i] for i in chosen], axis=1), [f"epoch {i}" for i in chosen]
+    else:
+        stages, titles = model.reconstruct(images)[:, None], ["INR"]
+    draw_reconstructions(images, stages, titles, folder / "reconstructions.png")
+    if options.method == "hyperinr":
+        results["operations"] = use_image_operations(model, method, dataset, options.seed, folder / "operations.png")
+    return results
 
 
 def use_image_operations(model, method, dataset, seed, path):
@@ -323,6 +553,62 @@ def use_image_operations(model, method, dataset, seed, path):
     return figures
 
 
+# ---- Using what a run has left ----
+
+
+def load_model(folder):
+    try:
+        sys.modules.setdefault("tensorflow", None)  # see load_dataset
+        return keras.saving.load_model(folder / "model.keras")
+    except Exception as error:  # missing, cut short, altered: many kinds, from ZIP, JSON, HDF5 and Keras
+        refuse(f"cannot load {folder / 'model.keras'} ({type(error).__name__}: {str(error)[:120]}): train again, or "
+               "bring it back from a copy")
+
+
+def evaluate(options, method, hyperparameters):
+    """A run's model on the test split of its dataset, or of another with as many classes."""
+    dataset, model = load_dataset(options), load_model(options.evaluate)
+    channels, classes = dataset.test_images.shape[-1], len(dataset.class_names)
+    if (channels, classes) != (model.config["channels"], model.config["num_classes"]):
+        refuse(f"{options.dataset} has {classes} classes and {channels} channels, the model of {options.evaluate} "
+               f"{model.config['num_classes']} and {model.config['channels']}: take a --dataset that fits")
+    folder = options.evaluate / f"evaluation-{options.dataset.replace('/', '-')}"
+    try:
+        folder.mkdir(exist_ok=True)
+        write_json(folder / "results.json", evaluate_model(options, method, model, dataset, folder, []))
+    except OSError as error:
+        refuse(f"cannot write {folder} ({error.strerror}): give access, or evaluate a copy of the run")
+    print(folder)
+    return 0
+
+
+def predict(options, method, hyperparameters):
+    """Prints the likeliest classes of image files and draws their reconstructions; status 1 if any is no image."""
+    folder, *files = options.predict
+    config, status = read_config(pathlib.Path(folder)), 0
+    if not files:
+        refuse(f"--predict {folder} wants image files after the folder")
+    model, pictures = load_model(pathlib.Path(folder)), pathlib.Path(folder) / "predictions"
+    for number, name in enumerate(files):
+        try:
+            image = data.read_image(name, *config["image_shape"])[None].astype("float32") / 127.5 - 1
+        except data.DataError as error:
+            print(f"train.py: {error}", file=sys.stderr)
+            status = 1
+            continue
+        probabilities = keras.ops.convert_to_numpy(keras.ops.softmax(model.predict(image, verbose=0)))[0]
+        print(f"{name}: " + ", ".join(f"{config['class_names'][label]} {probabilities[label]:.1%}"
+                                      for label in np.argsort(-probabilities)[:3]))
+        stages = model.reconstruct(image)
+        stages = stages[:, -1:] if stages.ndim == 5 else stages[:, None]
+        try:
+            pictures.mkdir(exist_ok=True)
+            draw_reconstructions(image, stages, ["INR"], pictures / f"{number}-{pathlib.Path(name).stem}.png")
+        except OSError as error:
+            refuse(f"cannot write {pictures} ({error.strerror}): give access, or use a copy of the run")
+    return status
+
+
 # ---- Pictures ----
 
 
@@ -347,23 +633,21 @@ def draw_reconstructions(images, stages, titles, path):
     draw_grid(cells, path)
 
 
-def draw_curves(folder):
-    """Every metric of history.csv over the epochs, training and validation."""
+def draw_curves(history, path):
+    """Every metric over the epochs, training and validation. history: dicts as Keras gives them after an epoch."""
     from matplotlib.figure import Figure
 
-    with open(folder / "history.csv", newline="") as file:
-        history = list(csv.DictReader(file))
     names = [name for name in history[0] if name != "epoch" and not name.startswith("val_")]
     figure = Figure(figsize=(3.5 * len(names), 3), layout="constrained")
     for name, axes in zip(names, figure.subplots(1, len(names), squeeze=False)[0]):
         for column, label in ((name, "training"), ("val_" + name, "validation")):
-            if history[0][column] != "NA":  # what CSVLogger writes where there is no validation
-                axes.plot([int(row["epoch"]) + 1 for row in history], [float(row[column]) for row in history],
-                          marker=".", label=label)
+            if column in history[0]:
+                axes.plot([row["epoch"] + 1 for row in history], [row[column] for row in history], marker=".",
+                          label=label)
         axes.set(title=name, xlabel="epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend()
-    figure.savefig(folder / "curves.png", dpi=100)
+    figure.savefig(path, dpi=100)
 
 
 # ---- Benchmark ----
@@ -430,10 +714,16 @@ def keep_freed_memory():
 
 
 def main(arguments=None):
-    options, method, hyperparameters = parse(arguments)
-    keep_freed_memory()
-    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it; no effect on CPUs
-    return (benchmark if options.benchmark else train)(options, method, hyperparameters)
+    try:
+        options, method, hyperparameters = parse(arguments)
+        keep_freed_memory()
+        torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it; no effect on CPUs
+        command = (evaluate if options.evaluate else predict if options.predict else
+                   benchmark if options.benchmark else train)
+        return command(options, method, hyperparameters)
+    except KeyboardInterrupt:
+        print("\ntrain.py: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":
