@@ -36,6 +36,7 @@ import torch
 
 import data
 
+NOT_OF_A_RUN = ("resume", "evaluate", "predict", "benchmark")  # options that config.json leaves out
 METHODS = {"mwt": "MWT", "hyperinr": "HyperINR"}  # the file, and the model's class in it
 
 
@@ -306,6 +307,8 @@ class Run(keras.callbacks.Callback):
             return
         self.slot = max(states, key=lambda slot: (states[slot][1]["epoch"], states[slot][1]["step"]))
         file, progress = states[self.slot]
+        if len(file["variables"]) != len(self.variables()):
+            refuse(f"{self.states[self.slot]} is of another version of this program: go on with that one")
         vars(self).update(progress)
         self.snapshots = list(file["snapshots"])
         for index, variable in enumerate(self.variables()):
@@ -316,6 +319,7 @@ class Run(keras.callbacks.Callback):
         """Trains from where the run is to the end; raises Interrupted, Diverged, and OSError where saving fails."""
         if self.images is not None and not self.snapshots:
             self.snapshots.append(self.model.reconstruct(self.images))
+        self.states[0].parent.mkdir(exist_ok=True)
         self.write_files()
         self.training = True
         # Keras counts the batches of an epoch once, so the rest of an epoch is trained by a call of its own.
@@ -395,36 +399,43 @@ def train(options, method, hyperparameters):
     """One run, or the rest of it, from data to pictures. Returns the exit status."""
     folder = options.run_dir or pathlib.Path("runs", "-".join(
         [options.method, options.dataset.replace("/", "-"), options.preset, str(options.seed)]))
-    try:
-        if not options.resume and folder.exists() and (
-                not folder.is_dir() or any(path.name != "new-config.json" for path in folder.iterdir())):
-            refuse(f"{folder} already holds a run: --resume it, take another --run-dir or --seed, or remove it")
-    except OSError as error:
-        refuse(f"cannot read {folder} ({error.strerror}): take another --run-dir")
-    if (folder / "results.json").exists():
-        print(f"{folder} holds a finished run: nothing to do")
-        return 0
-    build_model(options, method, hyperparameters, (28, 28, 1), 10, total_steps=1)  # refuses before it loads data
-    dataset = load_dataset(options)
-    order = np.random.default_rng(options.seed).permutation(len(dataset.train_images))
-    held_out, chosen = np.split(order, [options.validation_images])
-    chosen = chosen[:options.limit]
-    batch_size, epochs = hyperparameters["batch_size"], hyperparameters["epochs"]
-    if len(chosen) < batch_size:
-        refuse(f"{len(chosen)} training images do not fill a batch of {batch_size}: "
-               "take a smaller --batch-size or --validation-images, or a larger --limit")
-    batches = data.Batches(dataset.train_images[chosen], dataset.train_labels[chosen], batch_size,
-                           seed=options.seed, augment=options.augment, flip=dataset.flip)
-    validation = evaluation_batches(dataset.train_images[held_out], dataset.train_labels[held_out])
-    model = build_model(options, method, hyperparameters, dataset.train_images.shape[1:], len(dataset.class_names),
-                        epochs * batches.steps)
-    try:
-        (folder / "checkpoint").mkdir(parents=True, exist_ok=True)
-        lock = contextlib.ExitStack()
-        lock.enter_context(locked(folder))
-    except OSError as error:
-        refuse(f"cannot write {folder} ({error.strerror}): take another --run-dir")
-    with lock:
+    with contextlib.ExitStack() as lock:
+        if options.resume:
+            lock.enter_context(locked(folder))
+            if (folder / "results.json").exists():
+                print(f"{folder} holds a finished run: nothing to do")
+                return 0
+        else:
+            refuse_used(folder)
+        build_model(options, method, hyperparameters, (28, 28, 1), 10, total_steps=1)  # refuses before it loads data
+        dataset = load_dataset(options)
+        order = np.random.default_rng(options.seed).permutation(len(dataset.train_images))
+        held_out, chosen = np.split(order, [options.validation_images])
+        chosen = chosen[:options.limit]
+        batch_size, epochs = hyperparameters["batch_size"], hyperparameters["epochs"]
+        if len(chosen) < batch_size:
+            refuse(f"{len(chosen)} training images do not fill a batch of {batch_size}: "
+                   "take a smaller --batch-size or --validation-images, or a larger --limit")
+        batches = data.Batches(dataset.train_images[chosen], dataset.train_labels[chosen], batch_size,
+                               seed=options.seed, augment=options.augment, flip=dataset.flip)
+        validation = evaluation_batches(dataset.train_images[held_out], dataset.train_labels[held_out])
+        model = build_model(options, method, hyperparameters, dataset.train_images.shape[1:],
+                            len(dataset.class_names), epochs * batches.steps)
+        if not options.resume:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                lock.enter_context(locked(folder))
+                refuse_used(folder)  # another process may have been faster
+                write_json(folder / "config.json", {
+                    **{name: str(value) if isinstance(value, pathlib.Path) else value
+                       for name, value in vars(options).items() if name not in NOT_OF_A_RUN},
+                    **hyperparameters, "image_shape": dataset.train_images.shape[1:],
+                    "class_names": dataset.class_names, "versions": {
+                        "python": platform.python_version(), "keras": keras.__version__, "torch": torch.__version__,
+                        "numpy": np.__version__}})
+            except OSError as error:
+                refuse(f"cannot write {folder} ({error.strerror}): take another --run-dir")
+
         print(f"{options.method} on {options.dataset}: {len(chosen):,} training images of "
               f"{dataset.train_images.shape[1:]}, {len(held_out):,} for validation, {len(dataset.test_images):,} for "
               f"the test; {device_name(model)}")
@@ -436,16 +447,11 @@ def train(options, method, hyperparameters):
                 if options.resume:
                     run.restore()
                     print(f"going on after {run.epoch} epochs and {run.step} steps")
-                else:
-                    versions = {"python": platform.python_version(), "keras": keras.__version__,
-                                "torch": torch.__version__, "numpy": np.__version__}
-                    write_json(folder / "config.json", {
-                        **settings(options), **hyperparameters, "image_shape": dataset.train_images.shape[1:],
-                        "class_names": dataset.class_names, "versions": versions})
                 run.fit(epochs, validation if len(held_out) else None)
                 results = evaluate_model(options, method, model, dataset, folder, run.snapshots)
                 draw_curves(run.history, folder / "curves.png")
                 write_json(folder / "results.json", {**results, "seconds_per_epoch": statistics.mean(run.seconds)})
+                shutil.rmtree(folder / "checkpoint")
         except Diverged as problem:
             print(f"train.py: stopped, {problem}; {folder / 'model.keras'} holds the model after {run.epoch} epochs: "
                   "lower the learning rates, or take another --seed", file=sys.stderr)
@@ -457,15 +463,18 @@ def train(options, method, hyperparameters):
         except Interrupted as interruption:
             print(f"\ntrain.py: interrupted; python train.py --resume {folder} goes on", file=sys.stderr)
             return 128 + interruption.args[0]
-        shutil.rmtree(folder / "checkpoint")
     print(folder)
     return 0
 
 
-def settings(options):
-    """The options that describe a run, as JSON has them."""
-    return {name: str(value) if isinstance(value, pathlib.Path) else value for name, value in vars(options).items()
-            if name not in ("resume", "evaluate", "predict", "benchmark")}
+def refuse_used(folder):
+    """Ends the program where a new run would write into a folder that holds something."""
+    try:
+        if folder.exists() and (not folder.is_dir() or any(
+                path.name != "new-config.json" for path in folder.iterdir())):  # what a kill in the first instant leaves
+            refuse(f"{folder} already holds a run: --resume it, take another --run-dir or --seed, or remove it")
+    except OSError as error:
+        refuse(f"cannot read {folder} ({error.strerror}): take another --run-dir")
 
 
 @contextlib.contextmanager
