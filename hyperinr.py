@@ -201,12 +201,20 @@ def latent_classifier(num_classes, latent_dim, hidden_layers, dtype):
     ], name="classifier")
 
 
+@keras.saving.register_keras_serializable("hyperinr")
+class ToPicture(keras.layers.Layer):
+    """theta* (N, L+2, D, D) -> (N, D, D, L+2), each kernel times its number of inputs, since it starts as U(±1/inputs)."""
+
+    def call(self, tensor):
+        layers, dim = tensor.shape[1:3]
+        return ops.transpose(tensor, (0, 2, 3, 1)) * ops.convert_to_tensor([2] + [dim] * (layers - 1), tensor.dtype)
+
+
 def weight_classifier(num_classes, dim, depth, dtype):
     """Four convolutions, three dense layers: theta* -> logits (N, num_classes). (Section 4.1; the widths are ours.)"""
     return keras.Sequential([
         keras.Input((depth + 2, dim, dim)),
-        keras.layers.Permute((2, 3, 1), dtype=dtype),
-        keras.layers.Rescaling([2.0] + [float(dim)] * (depth + 1), dtype=dtype),  # kernels start as U(±1/inputs)
+        ToPicture(dtype=dtype),
         *[keras.layers.Conv2D(width, 3, strides=2, padding="same", activation="relu", kernel_initializer="he_normal",
                               data_format="channels_last", dtype=dtype) for width in (16, 32, 64, 64)],
         keras.layers.Flatten("channels_last", dtype=dtype),

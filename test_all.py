@@ -714,6 +714,21 @@ def test_hyperinr_presets_build_with_the_expected_number_of_parameters(preset, e
         experiment, values["latent_dim"], values["encoder_width"], values["dim"], values["depth"])
 
 
+@pytest.mark.parametrize("method, options", [("mwt", {}), ("hyperinr", {"classifier": "weights", "latent_dim": 16})])
+def test_methods_run_where_tensorflow_is_marked_as_absent(method, options):
+    """As it is during a run, so that Keras does not import it."""
+    result = run_python("-c", f"""
+import sys
+sys.modules["tensorflow"] = None
+import numpy as np, {method}
+model = {method}.{train.METHODS[method]}(dim=16, depth=1, **{options})
+model.compile(total_steps=2)
+model.fit(np.zeros((4, 28, 28, 1), "float32"), np.zeros(4), verbose=0)
+model.predict(np.zeros((4, 28, 28, 1), "float32"), verbose=0)
+""")
+    assert result.returncode == 0, result.stderr
+
+
 def test_hyperinrs_published_hyperparameters():
     """Typed from the paper's text (sections 3.2, 4.1 and 5) and the hypernetworks that it builds on."""
     published = dict(classifier="joint", latent_dim=256, dim=256, depth=3, omega=30.0, latent_penalty=0.1,
