@@ -488,9 +488,46 @@ def test_hypernetwork_starts_as_promised():
         assert last.bias.value.abs().max() <= limit
         if last.units > 100:
             assert last.bias.value.abs().max() > 0.95 * limit
-    for kernel, _ in model.hypernetwork(model.encode(images)):  # in all, close to U(±1/inputs), the same for all images
-        inputs = kernel.shape[1]
-        assert kernel.std().item() == pytest.approx(1 / inputs / math.sqrt(3), rel=0.1)
+    for kernel, _ in model.hypernetwork(model.encode(images)):  # in all, close to U(±1/inputs), and to other images'
+        start = 1 / kernel.shape[1] / math.sqrt(3)
+        assert kernel.std().item() == pytest.approx(start, rel=0.1)
+        assert kernel.std(dim=0).mean().item() < 0.3 * start
+
+
+def test_encoder_and_hypernetwork_equal_plain_pytorch():
+    images, _ = random_batch(size=9)
+    model = stirred(small_hyperinr(images))
+
+    def convolve(layer, x):  # Keras pads evenly but for one more at the end
+        kernel, stride = layer.kernel.value.permute(3, 2, 0, 1), layer.strides[0]
+        pads = [max((-(-side // stride) - 1) * stride + kernel.shape[-1] - side, 0) for side in x.shape[2:]]
+        x = functional.pad(x, [part for pad in reversed(pads) for part in (pad // 2, pad - pad // 2)])
+        return functional.conv2d(x, kernel, layer.bias.value, stride)
+
+    first, *blocks, _, last = model.encoder.layers
+    x = convolve(first, images.permute(0, 3, 1, 2)).relu()
+    for block in blocks:
+        x = (convolve(block.refine, convolve(block.reduce, x).relu()) + convolve(block.shortcut, x)).relu()
+    latents = x.permute(0, 2, 3, 1).flatten(1) @ last.kernel.value + last.bias.value
+    torch.testing.assert_close(model.encode(images), latents, rtol=1e-4, atol=1e-5)
+    tensors = [tensor for pair in model.hypernetwork(latents) for tensor in pair]
+    assert len(tensors) == len(model.hypernetwork.mlps) == 8
+    for tensor, mlp in zip(tensors, model.hypernetwork.mlps):
+        one, two, three = [(layer.kernel.value, layer.bias.value) for layer in mlp.layers]
+        hidden = ((latents @ one[0] + one[1]).relu() @ two[0] + two[1]).relu()
+        torch.testing.assert_close(tensor.flatten(1), hidden @ three[0] + three[1], rtol=1e-4, atol=1e-5)
+
+
+def test_sample_weights_apply_to_the_cross_entropy_alone():
+    images, labels = random_batch(count=6, size=8)
+    model = stirred(small_hyperinr(images))
+    weights = torch.tensor([0.0, 1.0, 2.0, 0.5, 0.0, 3.0])
+    logits, errors, reconstruction, cross_entropy = model.losses(images, labels, weights)
+    _, plain_errors, plain_reconstruction, _ = model.losses(images, labels)
+    expected = (functional.cross_entropy(logits, labels, reduction="none") * weights).mean()
+    torch.testing.assert_close(cross_entropy, 0.1 * expected)
+    torch.testing.assert_close(reconstruction, plain_reconstruction)
+    torch.testing.assert_close(errors, plain_errors)
 
 
 def test_weight_tensor_equals_a_hand_built_array():
@@ -502,6 +539,9 @@ def test_weight_tensor_equals_a_hand_built_array():
         kernel = theta[layer][0].numpy()[image]
         expected[image, layer, out, into] = kernel[into % kernel.shape[0], out % kernel.shape[1]]
     np.testing.assert_array_equal(hyperinr.weight_tensor(theta).numpy(), expected)
+    scale = np.array([2, 5, 5, 5])
+    np.testing.assert_allclose(hyperinr.ToPicture(dtype="float64")(torch.tensor(expected)).numpy(),
+                               np.moveaxis(expected, 1, 3) * scale, rtol=1e-6)
 
     images, _ = random_batch(count=1, size=8)
     model = hyperinr.HyperINR(image_size=8, classifier="weights", latent_dim=4)  # the paper's SIREN
@@ -628,6 +668,10 @@ def test_inpainting_keeps_what_is_known_and_ignores_the_hole(per_image):
     result = model.inpaint(images, mask)
     np.testing.assert_array_equal(result[~hole], images[~hole])
     assert (np.abs(result[hole] - images[hole]) > 1e-3).mean() > 0.95
+    once = np.where(hole[..., None], model.reconstruct(hyperinr.fill_with_mean(images, mask)), images)
+    np.testing.assert_array_equal(model.inpaint(images, mask, steps=1), once)
+    twice = np.where(hole[..., None], model.reconstruct(once), images)
+    np.testing.assert_array_equal(model.inpaint(images, mask, steps=2), twice)
     damaged = np.where(hole[..., None], 1.0, images)
     np.testing.assert_array_equal(model.inpaint(damaged, mask), result)
 

@@ -326,7 +326,8 @@ class Run(keras.callbacks.Callback):
         for last in (self.epoch + 1, epochs) if self.step else (epochs,):
             self.batches.begin(self.epoch + 1, self.step)
             self.model.fit(self.batches, epochs=last, initial_epoch=self.epoch, validation_data=validation,
-                           shuffle=False, callbacks=[self])  # Keras would shuffle once more, by a seed of its own
+                           shuffle=False,  # Keras would shuffle once more, by a seed of its own
+                           verbose=1 if sys.stdout.isatty() else 2, callbacks=[self])  # no moving bars in a log file
         self.training = False
 
     def on_epoch_begin(self, epoch, logs=None):
