@@ -219,6 +219,7 @@ def read_image(path, height, width, channels):
     """
     from PIL import Image, ImageOps
 
+    Image.MAX_IMAGE_PIXELS = None  # the file is the user's own, however large
     try:
         with Image.open(path) as file:
             picture = ImageOps.exif_transpose(file)

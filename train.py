@@ -92,7 +92,7 @@ def type_like(value):
 def parse(arguments):
     """Options as a namespace, the method's module, and its hyperparameters: those of the preset, or of the run that the
     options name, with the options' changes."""
-    first = Parser(add_help=False)
+    first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--method", choices=METHODS, default="mwt", help="default: mwt")
     use = first.add_argument_group("use what a run has left").add_mutually_exclusive_group()
     use.add_argument("--resume", type=pathlib.Path, metavar="RUN_FOLDER", help="go on with an interrupted run")
@@ -118,7 +118,7 @@ def parse(arguments):
     parser.add_argument("--image-size", type=at_least(8), help="scale and crop all images to that many pixels squared "
                         "(default: the dataset's own size)")
     parser.add_argument("--augment", action="store_true", help="shift, and where classes allow it mirror, at random")
-    parser.add_argument("--data-dir",
+    parser.add_argument("--data-dir", type=os.path.abspath,
                         help="where TFDS keeps datasets (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)")
     parser.add_argument("--run-dir", type=pathlib.Path, help="folder to write (default: "
                         "runs/<method>-<dataset>-<preset>-<seed>)")
@@ -205,8 +205,12 @@ def write_whole(path, write):
     """Calls write(a path beside this one) and puts that file in place: at every moment, also if the machine stops, the
     old or the new one is there, whole."""
     beside = path.with_name("new-" + path.name)
-    write(beside)
-    sync(beside)
+    try:
+        write(beside)
+        sync(beside)
+    except BaseException:
+        beside.unlink(missing_ok=True)  # a full disk gets its room back
+        raise
     os.replace(beside, path)
     if os.name == "posix":
         sync(path.parent)
@@ -224,12 +228,15 @@ def locked(folder):
     except ImportError:  # Windows
         yield
         return
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            refuse(f"{folder} is in use by another process: wait until that one ends, or take another --run-dir")
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        refuse(f"{folder} is in use by another process: wait until that one ends, or take another --run-dir")
+    except OSError as error:
+        refuse(f"cannot lock {folder} ({error.strerror}): take a --run-dir on another file system")
+    try:
         yield
     finally:
         os.close(descriptor)
@@ -267,10 +274,11 @@ class Run(keras.callbacks.Callback):
         model = self.model
         return [variable for part in (model, *model.optimizers, *model.metrics) for variable in part.variables]
 
-    def save_state(self):
+    def check_weights(self):
         if not all(torch.isfinite(variable.value).all() for variable in self.model.trainable_variables):
-            raise Diverged(f"the weights became infinite or not a number before step {self.step + 1} of epoch "
-                           f"{self.epoch + 1}")
+            raise Diverged(f"the weights became infinite or not a number by step {self.step} of epoch {self.epoch + 1}")
+
+    def save_state(self):
         buffer = io.BytesIO()
         progress = {name: getattr(self, name) for name in ("epoch", "step", "elapsed", "seconds", "history")}
         with h5py.File(buffer, "w") as file:
@@ -292,18 +300,25 @@ class Run(keras.callbacks.Callback):
         """Goes to the newest state that is whole; says which is not. Without any, the run is at its beginning."""
         states, damaged = {}, []
         for slot, path in enumerate(self.states):
-            if path.exists():
+            try:
                 content = memoryview(path.read_bytes())
-                if hashlib.sha256(content[32:]).digest() != content[:32]:
-                    damaged.append(str(path))
-                    continue
-                file = h5py.File(io.BytesIO(content[32:]), "r")
-                states[slot] = file, json.loads(file["progress"][()])
+            except FileNotFoundError:
+                continue
+            except OSError:
+                content = memoryview(b"")
+            if hashlib.sha256(content[32:]).digest() != content[:32]:
+                damaged.append(str(path))
+                continue
+            file = h5py.File(io.BytesIO(content[32:]), "r")
+            states[slot] = file, json.loads(file["progress"][()])
         if damaged and not states:
             refuse(f"{' and '.join(damaged)} damaged, no other state is left: start the run again in another --run-dir")
         if damaged:
-            print(f"train.py: {damaged[0]} is damaged; going on from the state before it", file=sys.stderr)
+            print(f"train.py: {damaged[0]} is damaged; going on from the other state", file=sys.stderr)
         if not states:
+            if (self.folder / "history.csv").exists() and (self.folder / "history.csv").read_text().count("\n") > 1:
+                refuse(f"{self.folder} has finished epochs, but no state in {self.states[0].parent}: bring that folder "
+                       "back from a copy, or start again in another --run-dir")
             return
         self.slot = max(states, key=lambda slot: (states[slot][1]["epoch"], states[slot][1]["step"]))
         file, progress = states[self.slot]
@@ -320,7 +335,8 @@ class Run(keras.callbacks.Callback):
         if self.images is not None and not self.snapshots:
             self.snapshots.append(self.model.reconstruct(self.images))
         self.states[0].parent.mkdir(exist_ok=True)
-        self.write_files()
+        if not self.step:
+            self.write_files()
         self.training = True
         # Keras counts the batches of an epoch once, so the rest of an epoch is trained by a call of its own.
         for last in (self.epoch + 1, epochs) if self.step else (epochs,):
@@ -329,6 +345,8 @@ class Run(keras.callbacks.Callback):
                            shuffle=False,  # Keras would shuffle once more, by a seed of its own
                            verbose=1 if sys.stdout.isatty() else 2, callbacks=[self])  # no moving bars in a log file
         self.training = False
+        if self.signal:
+            raise Interrupted(self.signal)
 
     def on_epoch_begin(self, epoch, logs=None):
         self.batches.begin(epoch + 1, self.step)
@@ -344,13 +362,16 @@ class Run(keras.callbacks.Callback):
         self.step += 1
         if self.step == self.batches.steps:
             return  # the epoch ends with validation, and saves then
-        if self.signal or self.step % self.save_every == 0:
+        number = self.signal  # once: it may come at any moment
+        if number or self.step % self.save_every == 0:
+            self.check_weights()
             self.elapsed = time.perf_counter() - self.start
             self.save_state()
-        if self.signal:
-            raise Interrupted(self.signal)
+        if number:
+            raise Interrupted(number)
 
     def on_epoch_end(self, epoch, logs=None):
+        self.check_weights()
         self.seconds.append(time.perf_counter() - self.start)
         self.history.append({"epoch": epoch, **logs})
         self.epoch, self.step, self.elapsed = epoch + 1, 0, 0.0
@@ -404,6 +425,7 @@ def train(options, method, hyperparameters):
         if options.resume:
             lock.enter_context(locked(folder))
             if (folder / "results.json").exists():
+                shutil.rmtree(folder / "checkpoint", ignore_errors=True)  # a kill in the last instant leaves it
                 print(f"{folder} holds a finished run: nothing to do")
                 return 0
         else:
@@ -447,7 +469,7 @@ def train(options, method, hyperparameters):
             with signals_to(run):
                 if options.resume:
                     run.restore()
-                    print(f"going on after {run.epoch} epochs and {run.step} steps")
+                    print(f"going on after {run.epoch} epochs and {run.step} steps", flush=True)
                 run.fit(epochs, validation if len(held_out) else None)
                 results = evaluate_model(options, method, model, dataset, folder, run.snapshots)
                 draw_curves(run.history, folder / "curves.png")
@@ -482,14 +504,16 @@ def refuse_used(folder):
 def signals_to(run):
     """SIGINT and SIGTERM let a training step finish and the state be saved, where the run is training, and raise
     Interrupted. A second one ends the program at once."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+
     def note(number, frame):
-        for other in old:
+        for other in numbers:
             signal.signal(other, signal.SIG_DFL)
         if not run.training:
             raise Interrupted(number)
         run.signal = number
 
-    old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    old = {number: signal.signal(number, note) for number in numbers}
     try:
         yield
     finally:
@@ -613,9 +637,10 @@ def predict(options, method, hyperparameters):
         stages = stages[:, -1:] if stages.ndim == 5 else stages[:, None]
         try:
             pictures.mkdir(exist_ok=True)
-            draw_reconstructions(image, stages, ["INR"], pictures / f"{number}-{pathlib.Path(name).stem}.png")
+            draw_reconstructions(image, stages, ["INR"], pictures / f"{number}-{pathlib.Path(name).stem[:100]}.png")
         except OSError as error:
-            refuse(f"cannot write {pictures} ({error.strerror}): give access, or use a copy of the run")
+            print(f"train.py: cannot draw into {pictures} ({error.strerror}): give access", file=sys.stderr)
+            status = 1
     return status
 
 
