@@ -149,7 +149,8 @@ class HyperNetwork(keras.layers.Layer):
 
     The last layers' kernels start He-normal divided by 100, their biases U(±1/inputs) where they become a kernel with
     that many inputs, U(±1/V) where they become a bias (as in the hypernetworks of Sitzmann et al.). So for small v all
-    images start with nearly the same SIREN, of small values. Ten times larger latents cost 8 dB after 300 steps.
+    images start with nearly the same SIREN, of small values. With latents 25 times larger, as a Glorot start of the
+    encoder gives them, `quick` has 13.0 dB on MNIST after 300 steps, with these 18.6.
     """
 
     def __init__(self, latent_dim, dim, depth, channels, **kwargs):
