@@ -63,7 +63,7 @@ PAPER = dict(
 PRESETS = {
     # A tenth of the paper's parameters and of its time a step; found on held-out training images of MNIST.
     "quick": {**PAPER, "encoder_width": 16, "dim": 64, "hyper_rate": 2e-4, "classifier_rate": 1e-3, "final_rate": 0.01,
-              "epochs": 7},
+              "epochs": 5},
     "paper": PAPER,
 }
 
