@@ -237,6 +237,11 @@ def read_image(path, height, width, channels):
 # ---- Batches ----
 
 
+def scale(images):
+    """`uint8` images as the models see them, `float32` in [-1, 1]."""
+    return images.astype("float32") / 127.5 - 1
+
+
 class Batches(keras.utils.PyDataset):
     """Batches for `fit` and `evaluate`: images `float32` in [-1, 1], (n, H, W, C), and labels (n,).
 
@@ -266,7 +271,7 @@ class Batches(keras.utils.PyDataset):
     def __getitem__(self, index):
         index += self.first
         chosen = self.order[index * self.batch_size:(index + 1) * self.batch_size]
-        images = self.images[chosen].astype("float32") / 127.5 - 1
+        images = scale(self.images[chosen])
         if self.augment:
             images = augment(images, np.random.default_rng((self.seed, self.epoch, index)), self.flip)
         return images, self.labels[chosen]

@@ -462,7 +462,7 @@ def train(options, method, hyperparameters):
         print(f"{options.method} on {options.dataset}: {len(chosen):,} training images of "
               f"{dataset.train_images.shape[1:]}, {len(held_out):,} for validation, {len(dataset.test_images):,} for "
               f"the test; {device_name(model)}")
-        shown = None if options.method == "mwt" else test_pictures(dataset)  # mwt has steps of its own to show
+        shown = None if options.method == "mwt" else shown_pictures(dataset)  # mwt has steps of its own to show
         run = Run(folder, batches, options.save_every, shown)
         run.set_model(model)
         try:
@@ -521,14 +521,14 @@ def signals_to(run):
             signal.signal(number, handler)
 
 
-def test_pictures(dataset):
-    return dataset.test_images[:8].astype("float32") / 127.5 - 1
+def shown_pictures(dataset):
+    return data.scale(dataset.test_images[:8])
 
 
 def evaluate_model(options, method, model, dataset, folder, snapshots):
     """Figures of the model on the test split, printed and returned; draws the pictures that the method's paper shows.
 
-    snapshots: reconstructions of `test_pictures` after some epochs; none for the finished model's alone.
+    snapshots: reconstructions of `shown_pictures` after some epochs; none for the finished model's alone.
     """
     test = evaluation_batches(dataset.test_images, dataset.test_labels)
     results = {f"test_{name}": value for name, value in model.evaluate(test, verbose=0, return_dict=True).items()}
@@ -536,7 +536,7 @@ def evaluate_model(options, method, model, dataset, folder, snapshots):
                 "preset": options.preset, "dataset": options.dataset}
     print(f"test accuracy {results['test_accuracy']:.2%}, PSNR {results['test_psnr']:.2f} dB on "
           f"{len(dataset.test_images):,} images")
-    images = test_pictures(dataset)
+    images = shown_pictures(dataset)
     if options.method == "mwt":  # adapts its INR to an image step by step
         stages = model.reconstruct(images)                                       # (N, steps+1, H, W, C)
         titles = [f"step {step}" for step in range(stages.shape[1])]
@@ -555,11 +555,11 @@ def use_image_operations(model, method, dataset, seed, path):
     """Upsamples, inpaints and denoises 1,000 test images, prints and returns the mean PSNR beside that of what one would
     do without a model, in dB, and draws the first images."""
     height, width = (side // 2 * 2 for side in dataset.test_images.shape[1:3])
-    images = dataset.test_images[:1000, :height, :width].astype("float32") / 127.5 - 1
+    images = data.scale(dataset.test_images[:1000, :height, :width])
     rng = np.random.default_rng(seed)
 
     if dataset.finer:
-        coarse, fine, factor = images, dataset.finer(len(images), 4).astype("float32") / 127.5 - 1, 4
+        coarse, fine, factor = images, data.scale(dataset.finer(len(images), 4)), 4
     else:
         coarse, fine, factor = keras.ops.convert_to_numpy(method.resize(images, (height // 2, width // 2))), images, 2
     bilinear = keras.ops.convert_to_numpy(method.resize(coarse, fine.shape[1:3]))
@@ -625,7 +625,7 @@ def predict(options, method, hyperparameters):
     model, pictures = load_model(pathlib.Path(folder)), pathlib.Path(folder) / "predictions"
     for number, name in enumerate(files):
         try:
-            image = data.read_image(name, *config["image_shape"])[None].astype("float32") / 127.5 - 1
+            image = data.scale(data.read_image(name, *config["image_shape"])[None])
         except data.DataError as error:
             print(f"train.py: {error}", file=sys.stderr)
             status = 1
