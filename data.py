@@ -98,6 +98,19 @@ def shapes(indices, size=28, channels=1, noise=0.0, seed=0):
     return images, labels
 
 
+def shapes_mosaic(size=256, seed=0):
+    """Sixteen colourful samples, four by four, as one picture: `uint8` (size, size, 3), size rounded down to fours."""
+    return shapes(range(16), size // 4, channels=3, seed=seed)[0].reshape(4, 4, size // 4, size // 4, 3).transpose(
+        0, 2, 1, 3, 4).reshape(size // 4 * 4, size // 4 * 4, 3)
+
+
+def shapes_video(size=64, count=16, seed=0):
+    """A camera that moves in a circle over `shapes_mosaic`: `count` frames, `uint8` (count, size, size, 3)."""
+    mosaic, angles = shapes_mosaic(4 * size, seed), 2 * np.pi * np.arange(count) / count
+    starts = np.rint(1.5 * size * (1 + np.stack([np.sin(angles), np.cos(angles)], axis=1))).astype(int)
+    return np.stack([mosaic[row:row + size, column:column + size] for row, column in starts])
+
+
 def _signed_distance(shape, x, y):
     """Distance to the edge of a shape of about unit radius at (x, y), negative inside. (Exact near the edge.)"""
     r = np.hypot(x, y)
@@ -217,6 +230,41 @@ def read_image(path, height, width, channels):
 
     Transparent parts become black, like the ground of most datasets. Raises DataError for what is no whole image.
     """
+    return _read(path, "L" if channels == 1 else "RGB", lambda picture: _fit(picture, height, width))
+
+
+def read_picture(path, longest):
+    """An image file as `uint8` (H, W, 3), scaled down until no side is longer than that. Raises as `read_image` does."""
+    def shrink(picture):
+        picture.thumbnail((longest, longest))
+        return np.asarray(picture)
+    return _read(path, "RGB", shrink)
+
+
+def read_frames(folder, longest):
+    """The image files of a folder, in the order of their names, as `read_picture` gives them: (T, H, W, 3).
+
+    Raises DataError for a folder that cannot be read or has no images, and for images of different sizes.
+    """
+    from PIL import Image
+
+    Image.init()
+    try:
+        paths = sorted(os.path.join(folder, name) for name in os.listdir(folder)
+                       if os.path.splitext(name)[1].lower() in Image.EXTENSION)
+    except OSError as error:
+        raise DataError(f"cannot read {folder} ({error.strerror}): give a folder of image files") from error
+    if not paths:
+        raise DataError(f"{folder} has no image files: give the folder that holds the video's frames")
+    frames = [read_picture(path, longest) for path in paths]
+    for path, frame in zip(paths, frames):
+        if frame.shape != frames[0].shape:
+            raise DataError(f"frames differ in size: {paths[0]} is {frames[0].shape[1]}×{frames[0].shape[0]}, {path} "
+                            f"{frame.shape[1]}×{frame.shape[0]}: give frames of one video")
+    return np.stack(frames)
+
+
+def _read(path, mode, finish):
     from PIL import Image, ImageOps
 
     Image.MAX_IMAGE_PIXELS = None  # the file is the user's own, however large
@@ -228,7 +276,7 @@ def read_image(path, height, width, channels):
             elif picture.has_transparency_data:
                 picture = picture.convert("RGBA")
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, (0, 0, 0, 255)), picture)
-            return _fit(picture.convert("L" if channels == 1 else "RGB"), height, width)
+            return finish(picture.convert(mode))
     except Exception as error:  # Pillow's decoders raise nearly anything: OSError, SyntaxError, ValueError, struct.error
         raise DataError(f"cannot read {path} as an image ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
                         ) from error

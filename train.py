@@ -3,13 +3,15 @@
 Reads the options, loads the data, builds the method's model from its preset, fits it, evaluates it on the test split
 and writes a folder: config.json, history.csv, model.keras, results.json and pictures. A run that was interrupted, at
 any moment and in any way, goes on with `--resume FOLDER` and ends as if it had not been. `--evaluate FOLDER` and
-`--predict FOLDER IMAGE…` use what a run has left.
+`--predict FOLDER IMAGE…` use what a run has left. `--method inrn` also fits pictures and videos (`--task fit`) and runs
+its paper's ablations (`--ablate`).
 """
 
 import argparse
 import contextlib
 import csv
 import ctypes
+import functools
 import hashlib
 import importlib
 import inspect
@@ -36,8 +38,8 @@ import torch
 
 import data
 
-NOT_OF_A_RUN = ("resume", "evaluate", "predict", "benchmark")  # options that config.json leaves out
-METHODS = {"mwt": "MWT", "hyperinr": "HyperINR"}  # the file, and the model's class in it
+NOT_OF_A_RUN = ("resume", "evaluate", "predict", "benchmark", "part_of")  # options that config.json leaves out
+METHODS = {"mwt": "MWT", "hyperinr": "HyperINR", "inrn": "INRN"}  # the file, and the model's class in it
 
 
 # ---- Options ----
@@ -104,11 +106,17 @@ def parse(arguments):
     folder = chosen.resume or chosen.evaluate or (pathlib.Path(chosen.predict[0]) if chosen.predict else None)
     config = read_config(folder) if folder else {}
     method = importlib.import_module(config.get("method", chosen.method))
+    presets = method.PRESETS
+    if method.__name__ == "inrn":
+        add_inrn_options(first, method)
+        chosen = first.parse_known_args(arguments)[0]
+        if config.get("task", chosen.task) == "fit" or config.get("ablate", chosen.ablate) == "architecture":
+            presets = method.FIT_PRESETS
 
     parser = Parser(description=__doc__.splitlines()[0], parents=[first], allow_abbrev=False)
     parser.add_argument("--dataset", default="shapes", help="shapes (default), or the TFDS name of an image "
                         "classification dataset: mnist, fashion_mnist, cifar10, cifar100, imagenette/320px-v2, …")
-    parser.add_argument("--preset", choices=method.PRESETS, default="quick",
+    parser.add_argument("--preset", choices=presets, default="quick",
                         help="hyperparameters to start from (default: quick)")
     parser.add_argument("--seed", type=at_least(0), default=0,
                         help="of the weights, the order of the data, and shapes (default: 0)")
@@ -130,15 +138,15 @@ def parse(arguments):
                         help="compile what the method does with its INR (minutes at the start)")
     parser.add_argument("--benchmark", action="store_true", help="time training steps, train nothing")
     group = parser.add_argument_group("hyperparameters", f"explained in {method.__name__}.py; default: the preset's")
-    for name, value in method.PRESETS["quick"].items():
+    for name, value in presets["quick"].items():
         group.add_argument("--" + name.replace("_", "-"), type=type_like(value), metavar=type(value).__name__.upper(),
-                           help=", ".join(f"{preset} {values[name]}" for preset, values in method.PRESETS.items()),
+                           help=", ".join(f"{preset} {values[name]}" for preset, values in presets.items()),
                            default=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     unset = argparse.Namespace(**dict.fromkeys(vars(options)))  # what it has, None too, gets no default
     given = {name: value for name, value in vars(parser.parse_args(arguments, unset)).items() if value is not None}
-    hyperparameters = {**method.PRESETS[options.preset], **{name: value for name, value in config.items()
-                                                            if name in method.PRESETS["quick"]}}
+    hyperparameters = {**presets[options.preset], **{name: value for name, value in config.items()
+                                                     if name in presets["quick"]}}
     free = {"resume", "evaluate", "predict"} | ({"dataset", "data_dir", "image_size"} if options.evaluate else set())
     for name, value in given.items() if folder else ():
         said = str(value) if isinstance(value, pathlib.Path) else value
@@ -150,7 +158,44 @@ def parse(arguments):
             setattr(options, name, value)
     if folder:
         options.run_dir = folder
+    options.part_of = None
+    if options.method == "inrn":
+        complete_inrn_options(options)
     return options, method, {name: given.get(name, value) for name, value in hyperparameters.items()}
+
+
+def add_inrn_options(parser, method):
+    """What only inrn can do: fit a picture, learn from a teacher, repeat its paper's ablations."""
+    group = parser.add_argument_group("inrn")
+    group.add_argument("--task", choices=["classify", "fit"], default="classify",
+                       help="fit: represent a picture or a video instead (default: classify)")
+    picture = group.add_mutually_exclusive_group()
+    picture.add_argument("--image", type=os.path.abspath, help="picture to fit (default: one drawn from shapes); longer "
+                         "than --image-size, 256 unless given, it is scaled down")
+    picture.add_argument("--frames", type=lambda text: text if text == "shapes" else os.path.abspath(text),
+                         metavar="FOLDER", help="video to fit: its frames are the folder's image files in the order of "
+                         "their names; shapes: a drawn one")
+    group.add_argument("--alone", action="store_true", help="fit INRN without a SIREN and a ReLU MLP beside it")
+    group.add_argument("--teacher", type=lambda text: text if text in ("train", "none", "resnet101") else
+                       os.path.abspath(text), help="train: a small residual CNN, first, on the same images (default, but "
+                       "for --ablate); none; resnet101: of ImageNet, downloaded; or a Keras classifier's .keras file")
+    group.add_argument("--teacher-layers", default="", metavar="A,B,C,D", help="the teacher's layers that the four "
+                       "stages learn from (default: by resolution)")
+    group.add_argument("--ablate", choices=method.ABLATIONS, help="train variants, --seeds times each, and compare them")
+    group.add_argument("--seeds", type=at_least(1), default=2, help="of each variant, from --seed up (default: 2)")
+
+
+def complete_inrn_options(options):
+    """Sets what follows from other options, and refuses what contradicts them."""
+    if options.ablate == "architecture":  # the paper's table is of a video
+        options.task = "fit"
+        options.frames = options.frames or (None if options.image else "shapes")
+    if options.task == "fit" and (options.teacher or options.ablate in ("stages", "distillation")):
+        refuse("a fit has neither stages nor a teacher: leave --task fit out")
+    if options.task != "fit" and (options.image or options.frames or options.alone):
+        refuse("--image, --frames and --alone want --task fit")
+    if options.teacher is None and options.task != "fit":
+        options.teacher = "none" if options.ablate else "train"
 
 
 def read_config(folder):
@@ -169,10 +214,15 @@ def read_config(folder):
 # ---- Training ----
 
 
-def build_model(options, method, hyperparameters, image_shape, num_classes, total_steps):
-    """The method's model for images of image_shape (H, W, C), compiled; hyperparameters, and what the constructor wants
-    to know about the images, go to its constructor or to its `compile`, as their names say."""
-    available = {**hyperparameters, "image_size": image_shape[0], "channels": image_shape[-1]}
+def build_model(options, method, hyperparameters, total_steps, teacher=None, **known):
+    """The method's model, compiled. hyperparameters, and what is known about the images, go to its constructor or to its
+    `compile`, as their names say. known: image_shape (H, W, C) and num_classes; of a fit, network and time.
+
+    Where there is a `Distiller` the model is the one that trains the student, with the teacher or without.
+    """
+    available = {**hyperparameters, **known}
+    if "image_shape" in known:
+        available |= {"image_size": known["image_shape"][0], "channels": known["image_shape"][-1]}
 
     def accepted_by(function):
         names = inspect.signature(function).parameters
@@ -180,10 +230,13 @@ def build_model(options, method, hyperparameters, image_shape, num_classes, tota
     for seed in (random.seed, np.random.seed, torch.manual_seed):  # Keras's function would import TensorFlow
         seed(options.seed)
     keras.config.set_dtype_policy(options.precision)
-    model_class = getattr(method, METHODS[options.method])
+    model_class = method.PictureFit if "network" in known else getattr(method, METHODS[options.method])
     try:
-        model = model_class(num_classes=num_classes, **accepted_by(model_class.__init__))
-        model.compile(total_steps=total_steps, jit_compile=options.compile, **accepted_by(model_class.compile))
+        model = model_class(**accepted_by(model_class.__init__))
+        if model_class.__name__ == "INRN":
+            names = [name for name in options.teacher_layers.split(",") if name]
+            model = method.Distiller(model, teacher, layers=names, **accepted_by(method.Distiller.__init__))
+        model.compile(total_steps=total_steps, jit_compile=options.compile, **accepted_by(model.compile))
     except ValueError as error:
         refuse(error)
     return model
@@ -261,8 +314,9 @@ class Run(keras.callbacks.Callback):
     images: of which `snapshots` keeps reconstructions, before the first and after each epoch; None for none.
     """
 
-    def __init__(self, folder, batches, save_every, images):
+    def __init__(self, folder, batches, save_every, images, model):
         super().__init__()
+        self.set_model(model)
         self.folder, self.batches, self.save_every, self.images = folder, batches, save_every, images
         self.epoch = self.step = 0  # so many epochs are done, and so many steps of the next
         self.elapsed, self.seconds = 0.0, []  # in this epoch, in each epoch before
@@ -332,9 +386,11 @@ class Run(keras.callbacks.Callback):
 
     def fit(self, epochs, validation):
         """Trains from where the run is to the end; raises Interrupted, Diverged, and OSError where saving fails."""
+        if self.epoch == epochs:
+            return
         if self.images is not None and not self.snapshots:
             self.snapshots.append(self.model.reconstruct(self.images))
-        self.states[0].parent.mkdir(exist_ok=True)
+        self.states[0].parent.mkdir(parents=True, exist_ok=True)
         if not self.step:
             self.write_files()
         self.training = True
@@ -384,12 +440,18 @@ class Run(keras.callbacks.Callback):
 
     def write_files(self):
         """history.csv and model.keras, as of the last epoch."""
-        rows = io.StringIO()
-        writer = csv.DictWriter(rows, self.history[0] if self.history else ["epoch"])
-        writer.writeheader()
-        writer.writerows(self.history)
-        write_whole(self.folder / "history.csv", lambda beside: beside.write_text(rows.getvalue(), newline=""))
+        write_whole(self.folder / "history.csv", lambda beside: beside.write_text(
+            as_csv(self.history), newline=""))
         write_whole(self.folder / "model.keras", self.model.save)
+
+
+def as_csv(rows):
+    """Dicts with the same keys as CSV, keys first; without any, an epoch's heading."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0] if rows else ["epoch"])
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def device_of(model):
@@ -404,7 +466,8 @@ def device_name(model):
 
 def load_dataset(options):
     try:
-        dataset = data.load(options.dataset, options.data_dir, options.image_size, options.seed)
+        seed = options.seed if options.dataset == "shapes" else 0  # others ignore it, and are read once
+        dataset = load_once(options.dataset, options.data_dir, options.image_size, seed)
     except data.DataError as error:
         refuse(error)
     # Keras would import TensorFlow to save or load a model, seconds for nothing: from here on it counts as not there.
@@ -412,26 +475,87 @@ def load_dataset(options):
     return dataset
 
 
+load_once = functools.lru_cache(maxsize=1)(data.load)
+
+
 def evaluation_batches(images, labels):
     """Batches as large as 200 images of 28×28, to bound the memory."""
     return data.Batches(images, labels, max(1, 200 * 28**2 // math.prod(images.shape[1:3])))
 
 
+def open_run(options, folder, lock):
+    """Whether there is anything to do in the folder; locks that of a run to resume, refuses one that is used."""
+    if not options.resume:
+        refuse_used(folder)
+        return True
+    lock.enter_context(locked(folder))
+    if (folder / "results.json").exists():
+        for rest in folder.glob("**/checkpoint"):
+            shutil.rmtree(rest, ignore_errors=True)  # a kill in the last instant leaves it
+        print(f"{folder} holds a finished run: nothing to do")
+        return False
+    return True
+
+
+def create_run(options, folder, lock, **config):
+    """Makes and locks the folder of a new run and writes its config.json."""
+    if options.resume:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.enter_context(locked(folder))
+        refuse_used(folder)  # another process may have been faster
+        write_json(folder / "config.json", {
+            **{name: str(value) if isinstance(value, pathlib.Path) else value
+               for name, value in vars(options).items() if name not in NOT_OF_A_RUN},
+            **config, "versions": {"python": platform.python_version(), "keras": keras.__version__,
+                                   "torch": torch.__version__, "numpy": np.__version__}})
+    except OSError as error:
+        refuse(f"cannot write {folder} ({error.strerror}): take another --run-dir")
+
+
+def complete(options, folder, runs, conclude):
+    """Trains what the runs, (Run, epochs, validation) one after the other, have left to do, and writes results.json with
+    what conclude() returns. Returns the exit status."""
+    whole = options.part_of or folder
+    try:
+        with signals_to([run for run, *_ in runs]):
+            for run, epochs, validation in runs:
+                run.restore()
+                if len(runs) > 1:
+                    print(f"{run.folder}: {epochs} epochs of {run.batches.steps} steps", flush=True)
+                if options.resume:
+                    print(f"{run.folder}: going on after {run.epoch} epochs and {run.step} steps", flush=True)
+                run.fit(epochs, validation)
+            write_json(folder / "results.json", conclude())
+            for run, *_ in runs:
+                shutil.rmtree(run.states[0].parent)
+    except Diverged as problem:
+        print(f"train.py: stopped, {problem}; {run.folder / 'model.keras'} holds the model after {run.epoch} epochs: "
+              "lower the learning rates, or take another --seed", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"train.py: cannot write {folder} ({error.strerror or error}): make room or give access, then "
+              f"python train.py --resume {whole} goes on from the last state", file=sys.stderr)
+        return 1
+    except Interrupted as interruption:
+        print(f"\ntrain.py: interrupted; python train.py --resume {whole} goes on", file=sys.stderr)
+        return 128 + interruption.args[0]
+    print(folder)
+    return 0
+
+
 def train(options, method, hyperparameters):
-    """One run, or the rest of it, from data to pictures. Returns the exit status."""
+    """One run of classification, or the rest of it, from data to pictures. Returns the exit status."""
     folder = options.run_dir or pathlib.Path("runs", "-".join(
         [options.method, options.dataset.replace("/", "-"), options.preset, str(options.seed)]))
     with contextlib.ExitStack() as lock:
-        if options.resume:
-            lock.enter_context(locked(folder))
-            if (folder / "results.json").exists():
-                shutil.rmtree(folder / "checkpoint", ignore_errors=True)  # a kill in the last instant leaves it
-                print(f"{folder} holds a finished run: nothing to do")
-                return 0
-        else:
-            refuse_used(folder)
-        build_model(options, method, hyperparameters, (28, 28, 1), 10, total_steps=1)  # refuses before it loads data
+        if not open_run(options, folder, lock):
+            return 0
+        # Refuses before it loads data.
+        build_model(options, method, hyperparameters, 1, image_shape=(28, 28, 1), num_classes=10)
         dataset = load_dataset(options)
+        image_shape, num_classes = dataset.train_images.shape[1:], len(dataset.class_names)
         order = np.random.default_rng(options.seed).permutation(len(dataset.train_images))
         held_out, chosen = np.split(order, [options.validation_images])
         chosen = chosen[:options.limit]
@@ -442,51 +566,173 @@ def train(options, method, hyperparameters):
         batches = data.Batches(dataset.train_images[chosen], dataset.train_labels[chosen], batch_size,
                                seed=options.seed, augment=options.augment, flip=dataset.flip)
         validation = evaluation_batches(dataset.train_images[held_out], dataset.train_labels[held_out])
-        model = build_model(options, method, hyperparameters, dataset.train_images.shape[1:],
-                            len(dataset.class_names), epochs * batches.steps)
-        if not options.resume:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                lock.enter_context(locked(folder))
-                refuse_used(folder)  # another process may have been faster
-                write_json(folder / "config.json", {
-                    **{name: str(value) if isinstance(value, pathlib.Path) else value
-                       for name, value in vars(options).items() if name not in NOT_OF_A_RUN},
-                    **hyperparameters, "image_shape": dataset.train_images.shape[1:],
-                    "class_names": dataset.class_names, "versions": {
-                        "python": platform.python_version(), "keras": keras.__version__, "torch": torch.__version__,
-                        "numpy": np.__version__}})
-            except OSError as error:
-                refuse(f"cannot write {folder} ({error.strerror}): take another --run-dir")
+        validation = validation if len(held_out) else None
+        teacher = make_teacher(options, method, hyperparameters, image_shape, num_classes)
+        model = build_model(options, method, hyperparameters, epochs * batches.steps, teacher, image_shape=image_shape,
+                            num_classes=num_classes)
+        create_run(options, folder, lock, **hyperparameters, image_shape=image_shape, class_names=dataset.class_names)
+        print(f"{options.method} on {options.dataset}: {len(chosen):,} training images of {image_shape}, "
+              f"{len(held_out):,} for validation, {len(dataset.test_images):,} for the test; {device_name(model)}")
+        shown = shown_pictures(dataset) if hasattr(model, "upsample") else None  # mwt has steps of its own to show
+        run = Run(folder, batches, options.save_every, shown, model)
+        runs = [(run, epochs, validation)]
+        if teacher and options.teacher == "train":
+            trainer = method.Distiller(teacher)
+            trainer.compile(hyperparameters["teacher_epochs"] * batches.steps, hyperparameters["rate"],
+                            hyperparameters["weight_decay"])
+            runs.insert(0, (Run(folder / "teacher", batches, options.save_every, None, trainer),
+                            hyperparameters["teacher_epochs"], validation))
 
-        print(f"{options.method} on {options.dataset}: {len(chosen):,} training images of "
-              f"{dataset.train_images.shape[1:]}, {len(held_out):,} for validation, {len(dataset.test_images):,} for "
-              f"the test; {device_name(model)}")
-        shown = None if options.method == "mwt" else shown_pictures(dataset)  # mwt has steps of its own to show
-        run = Run(folder, batches, options.save_every, shown)
-        run.set_model(model)
+        def conclude():
+            results = evaluate_model(options, method, getattr(model, "student", model), dataset, folder, run.snapshots)
+            draw_history(run.history, folder / "curves.png")
+            return {**results, "seconds_per_epoch": statistics.mean(run.seconds)}
+
+        return complete(options, folder, runs, conclude)
+
+
+def make_teacher(options, method, hyperparameters, image_shape, num_classes):
+    """The model that --teacher asks for, with its weights, but for `train`; None for none and for other methods."""
+    teacher = getattr(options, "teacher", "none")
+    try:
+        if teacher == "none":
+            return None
+        if teacher == "train":
+            return method.residual_cnn(image_shape, num_classes, hyperparameters["stem_stride"])
+        if teacher == "resnet101":
+            return method.resnet101(image_shape)
+        sys.modules.setdefault("tensorflow", None)  # see load_dataset
+        return keras.saving.load_model(teacher, compile=False)
+    except Exception as error:  # no network, images too small, no such file, no Keras file: of many kinds
+        refuse(f"cannot have the teacher {teacher} ({type(error).__name__}: {str(error)[:160]}): give train, none, "
+               "resnet101 or the .keras file of a Keras classifier")
+
+
+def load_frames(options):
+    """The picture or video to fit: its name, and frames (T, H, W, 3), `uint8`."""
+    size = options.image_size or 256
+    try:
+        if options.frames:
+            return pathlib.Path(options.frames).name, (
+                data.shapes_video(options.image_size or 64, seed=options.seed) if options.frames == "shapes" else
+                data.read_frames(options.frames, size))
+        if options.image:
+            return pathlib.Path(options.image).stem, data.read_picture(options.image, size)[None]
+    except data.DataError as error:
+        refuse(error)
+    return "shapes", data.shapes_mosaic(size, seed=options.seed)[None]
+
+
+def fit(options, method, hyperparameters):
+    """Fits a picture or a video, with a SIREN and a ReLU MLP beside it. Returns the exit status."""
+    name, frames = load_frames(options)
+    folder = options.run_dir or pathlib.Path("runs", f"{options.method}-fit-{name}-{options.preset}-{options.seed}")
+    with contextlib.ExitStack() as lock:
+        if not open_run(options, folder, lock):
+            return 0
+        times = times_of(frames)
+        batch_size = min(hyperparameters["batch_size"], len(frames))
+        copies = -(-20 * batch_size // len(frames))  # at least 20 steps in what counts as an epoch
+        batches = data.Batches(np.concatenate([frames] * copies), np.concatenate([times] * copies), batch_size,
+                               seed=options.seed)
+        epochs = -(-hyperparameters["steps"] // batches.steps)
+        models = {network: build_model(options, method, hyperparameters, epochs * batches.steps, network=network,
+                                       time=len(frames) > 1)
+                  for network in fitted(options)}
+        create_run(options, folder, lock, **hyperparameters, image_shape=frames.shape[1:])
+        print(f"{options.method} fits {name}, {len(frames)} of {frames.shape[1:]}; {device_name(models['inrn'])}")
+        runs = {network: Run(folder if network == "inrn" else folder / network, batches, options.save_every, None, model)
+                for network, model in models.items()}
+        validation = data.Batches(frames, times, batch_size)
+
+        def conclude():
+            results = evaluate_fit(options, method, models, frames, folder / "fit.png")
+            draw_curves({metric: {network: [row["val_" + metric] for row in run.history]
+                                  for network, run in runs.items()} for metric in ("psnr", "ssim")},
+                        f"{batches.steps} steps", folder / "curves.png")
+            for network, run in runs.items():
+                results[network]["seconds"] = sum(run.seconds)
+            return results
+
+        return complete(options, folder, [(run, epochs, validation) for run in runs.values()], conclude)
+
+
+def times_of(frames):
+    """The frames' times, from -1 to 1: (T,). A single picture has time 0."""
+    return np.linspace(-1, 1, len(frames), dtype=np.float32) if len(frames) > 1 else np.zeros(1, np.float32)
+
+
+def fitted(options):
+    """Names of the networks that a fit compares."""
+    return ("inrn",) if options.alone else ("inrn", "siren", "relu")
+
+
+def evaluate_fit(options, method, models, frames, path):
+    """PSNR and SSIM of each network's frames, printed and returned; draws the first, the middle and the last frame."""
+    truth, results, pictures = data.scale(frames), {"task": "fit", "preset": options.preset}, {}
+    for network, model in models.items():
+        pictures[network] = model.render(times_of(frames), *frames.shape[1:3])
+        psnr = [float(keras.ops.psnr(*pair, 2.0)) for pair in zip(truth, pictures[network])]
+        ssim = keras.ops.convert_to_numpy(method.similarity(*map(keras.ops.convert_to_tensor, (
+            pictures[network], truth))))
+        results[network] = {"psnr": statistics.mean(psnr), "ssim": float(ssim.mean()),
+                            "parameters": model.count_params()}
+        print(f"{network}: {results[network]['psnr']:.2f} dB, SSIM {results[network]['ssim']:.4f}, "
+              f"{results[network]['parameters']:,} parameters")
+    rows = []
+    for i in sorted({0, len(frames) // 2, len(frames) - 1}):
+        shown = [(pictures[network][i], network) for network in models]
+        rows.append([(truth[i], "ground truth")] + [
+            (picture, f"{network}\n{float(keras.ops.psnr(truth[i], picture, 2.0)):.1f} dB") for picture, network in shown])
+        errors = [np.abs(picture - truth[i]).mean(-1) for picture, _ in shown]
+        rows.append([(np.ones((1, 1)), "error\nwhite: 10 %")] + [(error / 0.1 - 1, "") for error in errors])
+    draw_grid(rows, path)
+    return results
+
+
+def ablate(options, method, hyperparameters):
+    """Runs each variant of an ablation with each seed, and compares them in one table. Returns the exit status."""
+    folder = options.run_dir or pathlib.Path("runs", "-".join(
+        [options.method, options.ablate, options.dataset.replace("/", "-"), options.preset, str(options.seed)]))
+    run_one, value = (fit, "psnr") if options.task == "fit" else (train, "accuracy")
+    with contextlib.ExitStack() as lock:
+        if not open_run(options, folder, lock):
+            return 0
+        create_run(options, folder, lock, **hyperparameters, image_shape=[])
+        variants = {", ".join(f"{name} {setting}" for name, setting in variant.items()): variant
+                    for variant in method.ABLATIONS[options.ablate]}
+        results = {label: [] for label in variants}
+        for seed in range(options.seed, options.seed + options.seeds):
+            for label, variant in variants.items():
+                part = folder / f"{label.replace(', ', '-').replace(' ', '-')}-{seed}"
+                if not (part / "results.json").exists():
+                    print(f"{label}, seed {seed}")
+                    changes = {name: variant[name] for name in variant if name not in hyperparameters}
+                    status = run_one(argparse.Namespace(**{
+                        **vars(options), "ablate": None, "alone": True, "seed": seed, "run_dir": part, **changes,
+                        "resume": part if (part / "config.json").exists() else None, "part_of": folder}),
+                        method, {**hyperparameters, **{name: variant[name] for name in variant if name not in changes}})
+                    if status:
+                        return status
+                result = json.loads((part / "results.json").read_text())
+                results[label].append(result["inrn"] if options.task == "fit" else {
+                    "parameters": result["parameters"], "accuracy": 100 * result["test_accuracy"],
+                    "seconds": result["seconds_per_epoch"] * hyperparameters["epochs"]})
+        rows = [{options.ablate: label, "parameters": found[0]["parameters"],
+                 value: round(statistics.mean(result[value] for result in found), 2),
+                 "spread": round(statistics.stdev(result[value] for result in found), 2) if len(found) > 1 else 0.0,
+                 **{f"seed {options.seed + i}": round(result[value], 2) for i, result in enumerate(found)},
+                 "seconds": round(statistics.mean(result["seconds"] for result in found), 1)}
+                for label, found in results.items()]
         try:
-            with signals_to(run):
-                if options.resume:
-                    run.restore()
-                    print(f"going on after {run.epoch} epochs and {run.step} steps", flush=True)
-                run.fit(epochs, validation if len(held_out) else None)
-                results = evaluate_model(options, method, model, dataset, folder, run.snapshots)
-                draw_curves(run.history, folder / "curves.png")
-                write_json(folder / "results.json", {**results, "seconds_per_epoch": statistics.mean(run.seconds)})
-                shutil.rmtree(folder / "checkpoint")
-        except Diverged as problem:
-            print(f"train.py: stopped, {problem}; {folder / 'model.keras'} holds the model after {run.epoch} epochs: "
-                  "lower the learning rates, or take another --seed", file=sys.stderr)
-            return 1
+            write_whole(folder / "table.csv", lambda beside: beside.write_text(as_csv(rows), newline=""))
+            draw_table(rows, folder / "table.png")
+            write_json(folder / "results.json", {"task": options.task, "ablate": options.ablate, "rows": rows})
         except OSError as error:
-            print(f"train.py: cannot write {folder} ({error.strerror or error}): make room or give access, then "
-                  f"python train.py --resume {folder} goes on from the last state", file=sys.stderr)
+            print(f"train.py: cannot write {folder} ({error.strerror or error}): make room or give access, then python "
+                  f"train.py --resume {folder} goes on", file=sys.stderr)
             return 1
-        except Interrupted as interruption:
-            print(f"\ntrain.py: interrupted; python train.py --resume {folder} goes on", file=sys.stderr)
-            return 128 + interruption.args[0]
-    print(folder)
+    print(as_csv(rows) + str(folder))
     return 0
 
 
@@ -501,17 +747,18 @@ def refuse_used(folder):
 
 
 @contextlib.contextmanager
-def signals_to(run):
-    """SIGINT and SIGTERM let a training step finish and the state be saved, where the run is training, and raise
+def signals_to(runs):
+    """SIGINT and SIGTERM let a training step finish and the state be saved, where one of the runs is training, and raise
     Interrupted. A second one ends the program at once."""
     numbers = (signal.SIGINT, signal.SIGTERM)
 
     def note(number, frame):
         for other in numbers:
             signal.signal(other, signal.SIG_DFL)
-        if not run.training:
+        training = [run for run in runs if run.training]
+        if not training:
             raise Interrupted(number)
-        run.signal = number
+        training[0].signal = number
 
     old = {number: signal.signal(number, note) for number in numbers}
     try:
@@ -534,9 +781,12 @@ def evaluate_model(options, method, model, dataset, folder, snapshots):
     results = {f"test_{name}": value for name, value in model.evaluate(test, verbose=0, return_dict=True).items()}
     results |= {"parameters": model.count_params(), "device": device_name(model), "method": options.method,
                 "preset": options.preset, "dataset": options.dataset}
-    print(f"test accuracy {results['test_accuracy']:.2%}, PSNR {results['test_psnr']:.2f} dB on "
-          f"{len(dataset.test_images):,} images")
+    psnr = f", PSNR {results['test_psnr']:.2f} dB" if "test_psnr" in results else ""
+    print(f"test accuracy {results['test_accuracy']:.2%}{psnr} on {len(dataset.test_images):,} images")
     images = shown_pictures(dataset)
+    if options.method == "inrn":
+        draw_stages(model, images, dataset.class_names, folder / "stages.png")
+        return results
     if options.method == "mwt":  # adapts its INR to an image step by step
         stages = model.reconstruct(images)                                       # (N, steps+1, H, W, C)
         titles = [f"step {step}" for step in range(stages.shape[1])]
@@ -599,17 +849,35 @@ def load_model(folder):
                "bring it back from a copy")
 
 
+def refuse_ablation(options, folder):
+    if getattr(options, "ablate", None):
+        refuse(f"{folder} holds an ablation: give one of the runs in it")
+
+
 def evaluate(options, method, hyperparameters):
-    """A run's model on the test split of its dataset, or of another with as many classes."""
-    dataset, model = load_dataset(options), load_model(options.evaluate)
-    channels, classes = dataset.test_images.shape[-1], len(dataset.class_names)
-    if (channels, classes) != (model.config["channels"], model.config["num_classes"]):
-        refuse(f"{options.dataset} has {classes} classes and {channels} channels, the model of {options.evaluate} "
-               f"{model.config['num_classes']} and {model.config['channels']}: take a --dataset that fits")
-    folder = options.evaluate / f"evaluation-{options.dataset.replace('/', '-')}"
+    """A run's model on the test split of its dataset, or of another with as many classes; or a fit's figures again."""
+    refuse_ablation(options, options.evaluate)
+    if getattr(options, "task", "classify") == "fit":
+        name, frames = load_frames(options)
+        models = {network: load_model(options.evaluate / ("" if network == "inrn" else network))
+                  for network in fitted(options)}
+
+        def work(folder):
+            return evaluate_fit(options, method, models, frames, folder / "fit.png")
+    else:
+        name, dataset, model = options.dataset, load_dataset(options), load_model(options.evaluate)
+        channels, classes = dataset.test_images.shape[-1], len(dataset.class_names)
+        if (channels, classes) != (model.config["channels"], model.config["num_classes"]):
+            refuse(f"{options.dataset} has {classes} classes and {channels} channels, the model of {options.evaluate} "
+                   f"{model.config['num_classes']} and {model.config['channels']}: take a --dataset that fits")
+
+        def work(folder):
+            return evaluate_model(options, method, model, dataset, folder, [])
+
+    folder = options.evaluate / f"evaluation-{name.replace('/', '-')}"
     try:
         folder.mkdir(exist_ok=True)
-        write_json(folder / "results.json", evaluate_model(options, method, model, dataset, folder, []))
+        write_json(folder / "results.json", work(folder))
     except OSError as error:
         refuse(f"cannot write {folder} ({error.strerror}): give access, or evaluate a copy of the run")
     print(folder)
@@ -617,8 +885,12 @@ def evaluate(options, method, hyperparameters):
 
 
 def predict(options, method, hyperparameters):
-    """Prints the likeliest classes of image files and draws their reconstructions; status 1 if any is no image."""
+    """Prints the likeliest classes of image files and draws their reconstructions, or what the stages make of them;
+    status 1 if any is no image."""
     folder, *files = options.predict
+    refuse_ablation(options, folder)
+    if getattr(options, "task", "classify") == "fit":
+        refuse(f"{folder} holds a fit, which knows no classes: give the folder of a classifier")
     config, status = read_config(pathlib.Path(folder)), 0
     if not files:
         refuse(f"--predict {folder} wants image files after the folder")
@@ -633,11 +905,14 @@ def predict(options, method, hyperparameters):
         probabilities = keras.ops.convert_to_numpy(keras.ops.softmax(model.predict(image, verbose=0)))[0]
         print(f"{name}: " + ", ".join(f"{config['class_names'][label]} {probabilities[label]:.1%}"
                                       for label in np.argsort(-probabilities)[:3]))
-        stages = model.reconstruct(image)
-        stages = stages[:, -1:] if stages.ndim == 5 else stages[:, None]
+        path = pictures / f"{number}-{pathlib.Path(name).stem[:100]}.png"
         try:
             pictures.mkdir(exist_ok=True)
-            draw_reconstructions(image, stages, ["INR"], pictures / f"{number}-{pathlib.Path(name).stem[:100]}.png")
+            if options.method == "inrn":
+                draw_stages(model, image, config["class_names"], path)
+            else:
+                stages = model.reconstruct(image)
+                draw_reconstructions(image, stages[:, -1:] if stages.ndim == 5 else stages[:, None], ["INR"], path)
         except OSError as error:
             print(f"train.py: cannot draw into {pictures} ({error.strerror}): give access", file=sys.stderr)
             status = 1
@@ -648,13 +923,14 @@ def predict(options, method, hyperparameters):
 
 
 def draw_grid(cells, path):
-    """Rows of cells (picture, title); pictures are (H, W, C) in [-1, 1], of any size."""
+    """Rows of cells (picture, title); pictures are (H, W, C), or grey (H, W), in [-1, 1], of any size."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1.3 * len(cells[0]), 1.6 * len(cells)), layout="constrained")
     for row, axes_row in zip(cells, figure.subplots(len(cells), len(cells[0]), squeeze=False)):
         for (picture, title), axes in zip(row, axes_row):
-            axes.imshow(np.clip(picture / 2 + 0.5, 0, 1).squeeze(), cmap="gray", vmin=0, vmax=1)
+            picture = picture[..., 0] if picture.ndim == 3 and picture.shape[-1] == 1 else picture
+            axes.imshow(np.clip(picture / 2 + 0.5, 0, 1), cmap="gray", vmin=0, vmax=1)
             axes.set_title(title, fontsize=9)
             axes.axis("off")
     figure.savefig(path, dpi=100)
@@ -668,20 +944,53 @@ def draw_reconstructions(images, stages, titles, path):
     draw_grid(cells, path)
 
 
-def draw_curves(history, path):
+def draw_stages(model, images, class_names, path):
+    """Rows: images (N, H, W, C), their likeliest class, and how strong each stage's output is: its root mean square over
+    channels, from the weakest point, black, to the strongest."""
+    with torch.no_grad():
+        outputs = model.stage_outputs(keras.ops.convert_to_tensor(images))
+        labels = keras.ops.convert_to_numpy(model.classify(outputs["stage4"])).argmax(-1)
+    cells = [[(image, class_names[label])] for image, label in zip(images, labels)]
+    for stage, output in outputs.items():
+        strength = keras.ops.convert_to_numpy(keras.ops.cast(output, "float32") ** 2).mean(-1) ** 0.5    # (N, h, w)
+        for row, picture in zip(cells, strength):
+            low, high = picture.min(), picture.max()
+            row.append((2 * (picture - low) / max(high - low, 1e-12) - 1, f"{stage}\n{' × '.join(map(str, picture.shape))}"))
+    draw_grid(cells, path)
+
+
+def draw_history(history, path):
     """Every metric over the epochs, training and validation. history: dicts as Keras gives them after an epoch."""
+    names = [name for name in history[0] if name != "epoch" and not name.startswith("val_")]
+    draw_curves({name: {label: [row[column] for row in history]
+                        for column, label in ((name, "training"), ("val_" + name, "validation")) if column in history[0]}
+                 for name in names}, "epoch", path)
+
+
+def draw_curves(panels, unit, path):
+    """panels: for each title, for each label, values after 1, 2, … units."""
     from matplotlib.figure import Figure
 
-    names = [name for name in history[0] if name != "epoch" and not name.startswith("val_")]
-    figure = Figure(figsize=(3.5 * len(names), 3), layout="constrained")
-    for name, axes in zip(names, figure.subplots(1, len(names), squeeze=False)[0]):
-        for column, label in ((name, "training"), ("val_" + name, "validation")):
-            if column in history[0]:
-                axes.plot([row["epoch"] + 1 for row in history], [row[column] for row in history], marker=".",
-                          label=label)
-        axes.set(title=name, xlabel="epoch")
+    figure = Figure(figsize=(3.5 * len(panels), 3), layout="constrained")
+    for (title, curves), axes in zip(panels.items(), figure.subplots(1, len(panels), squeeze=False)[0]):
+        for label, values in curves.items():
+            axes.plot(range(1, len(values) + 1), values, marker=".", label=label)
+        axes.set(title=title, xlabel=unit)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend()
+    figure.savefig(path, dpi=100)
+
+
+def draw_table(rows, path):
+    """rows: dicts with the same keys, which become the heading."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.6 * len(rows[0]) + 1.5, 0.3 * len(rows) + 0.5), layout="constrained")
+    axes = figure.subplots()
+    axes.axis("off")
+    table = axes.table([[f"{value:,}" if isinstance(value, int) else value for value in row.values()] for row in rows],
+                       colLabels=[*rows[0]], loc="center", cellLoc="center")
+    table.auto_set_column_width(range(len(rows[0])))
     figure.savefig(path, dpi=100)
 
 
@@ -689,14 +998,21 @@ def draw_curves(history, path):
 
 
 def benchmark(options, method, hyperparameters):
-    """Prints, as its last line, one JSON object about training steps on random grey images of 28×28 or --image-size."""
-    size = options.image_size or 28
-    count = hyperparameters["batch_size"]
-    model = build_model(options, method, hyperparameters, (size, size, 1), 10, total_steps=1000)
-    rng = np.random.default_rng(options.seed)
+    """Prints, as its last line, one JSON object about training steps on random grey images of 28×28 or --image-size; of a
+    fit, on one random picture of 256×256."""
+    rng, fits = np.random.default_rng(options.seed), getattr(options, "task", "classify") == "fit"
+    size = options.image_size or (256 if fits else 28)
+    count, shape = (1, (size, size, 3)) if fits else (hyperparameters["batch_size"], (size, size, 1))
+    known = {"network": "inrn", "time": False} if fits else {"image_shape": shape, "num_classes": 10}
+
+    def build():
+        teacher = None if fits else make_teacher(options, method, hyperparameters, shape, 10)
+        return build_model(options, method, hyperparameters, 1000, teacher, **known)
+
+    model = build()
     device = device_of(model)
-    batch = (torch.tensor(rng.uniform(-1, 1, (count, size, size, 1)), dtype=torch.float32, device=device),
-             torch.tensor(rng.integers(0, 10, count), device=device))
+    batch = (torch.tensor(rng.uniform(-1, 1, (count, *shape)), dtype=torch.float32, device=device),
+             torch.tensor(np.zeros(count) if fits else rng.integers(0, 10, count), device=device))
 
     def seconds(function, repeats):
         times = []
@@ -713,7 +1029,7 @@ def benchmark(options, method, hyperparameters):
     def step():
         model.train_step(batch)
 
-    print(f"{options.preset}: batch {count} of ({size}, {size}, 1), {device_name(model)}; warming up")
+    print(f"{options.preset}: batch {count} of {shape}, {device_name(model)}; warming up")
     seconds(step, 3)
     step_seconds = seconds(step, 9)
     if device.type == "cuda":
@@ -724,7 +1040,7 @@ def benchmark(options, method, hyperparameters):
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     # Counted on the eager form, with attention as two plain products: the counter knows these on every device.
     options.compile = False
-    model = build_model(options, method, hyperparameters, (size, size, 1), 10, total_steps=1000)
+    model = build()
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         step()
     dtype = torch.bfloat16 if options.precision == "mixed_bfloat16" else torch.float32
@@ -753,8 +1069,9 @@ def main(arguments=None):
         options, method, hyperparameters = parse(arguments)
         keep_freed_memory()
         torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it; no effect on CPUs
-        command = (evaluate if options.evaluate else predict if options.predict else
-                   benchmark if options.benchmark else train)
+        command = (evaluate if options.evaluate else predict if options.predict else benchmark if options.benchmark else
+                   ablate if getattr(options, "ablate", None) else fit if getattr(options, "task", None) == "fit" else
+                   train)
         return command(options, method, hyperparameters)
     except KeyboardInterrupt:
         print("\ntrain.py: interrupted", file=sys.stderr)
