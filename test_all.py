@@ -26,6 +26,7 @@ from torch.nn import functional
 
 import data
 import hyperinr
+import inrn
 import mwt
 import train
 
@@ -37,6 +38,12 @@ TINY = ["--dim", "16", "--depth", "2", "--inner-steps", "2", "--blocks", "1", "-
 
 TINY_HYPERINR = ["--method", "hyperinr", "--dim", "8", "--depth", "1", "--encoder-width", "2", "--latent-dim", "16",
                  "--batch-size", "16", "--epochs", "2", "--validation-images", "20", "--limit", "64"]
+
+
+TINY_INRN = ["--method", "inrn", "--widths", "8,8,12,16", "--blocks", "1,1,2,1", "--batch-size", "16", "--epochs", "2",
+             "--teacher-epochs", "1", "--validation-images", "20", "--limit", "64"]
+TINY_FIT = ["--method", "inrn", "--task", "fit", "--image-size", "24", "--width", "8", "--blocks", "1", "--features", "6",
+            "--steps", "40"]
 
 
 def run_python(*arguments, cwd=HERE, **environment):
@@ -833,6 +840,439 @@ def test_hyperinrs_wrong_arguments_and_inputs():
         model.inpaint(images, np.ones((8, 8), bool))
 
 
+# ---- inrn.py ----
+
+
+HYBRIDS = ["interleaved", "front", "post", "mlp"]
+
+
+def nchw(x):
+    return x.permute(0, 3, 1, 2)
+
+
+def plain_convolution(layer, x, stride=1):
+    """Padded as TensorFlow does it, which "same" means: at a stride the odd row goes to the bottom and to the right."""
+    kernel = layer.kernel.value.permute(3, 2, 0, 1)
+    padding = []
+    for side, size in zip(reversed(x.shape[1:3]), reversed(kernel.shape[2:])):
+        missing = max(0, (-(-side // stride) - 1) * stride + size - side)
+        padding += [missing // 2, missing - missing // 2]
+    padded = functional.pad(nchw(x), padding)
+    return functional.conv2d(padded, kernel, layer.bias.value, stride).permute(0, 2, 3, 1)
+
+
+def plain_dense(layer, x):
+    return x @ layer.kernel.value + layer.bias.value
+
+
+def plain_block(block, x, activation):
+    """An INReBlock in `torch.nn.functional`, from what its arguments promise."""
+    config = block.config
+    order = {"interleaved": "dcd" if config["compression"] >= 1 else "cdd", "front": "cdd", "post": "ddc", "mlp": "dd"}
+    stride = config["stride"]
+    if config["hybrid"] == "mlp" and stride > 1:
+        x = functional.avg_pool2d(nchw(x), stride, ceil_mode=True, count_include_pad=False).permute(0, 2, 3, 1)
+    y = functional.layer_norm(x, x.shape[-1:], block.norm.gamma.value, block.norm.beta.value, 1e-5)
+    for kind, layer in zip(order[config["hybrid"]], block.steps, strict=True):
+        y = y if layer is block.steps[0] else activation(y)
+        y = plain_dense(layer, y) if kind == "d" else plain_convolution(layer, y, stride)
+    if config["hybrid"] == "mlp":
+        return y + (x if x.shape == y.shape else plain_dense(block.shortcut, x))
+    return y + (x if x.shape == y.shape else plain_convolution(block.shortcut, x, stride))
+
+
+@pytest.mark.parametrize("hybrid", HYBRIDS)
+@pytest.mark.parametrize("compression", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("inputs, stride", [(8, 1), (6, 2)])
+def test_a_block_equals_plain_pytorch(hybrid, compression, inputs, stride):
+    for name, activation in (("gelu", functional.gelu), ("relu", functional.relu)):
+        block = inrn.INReBlock(inputs, 8, compression, stride, name, hybrid)
+        x = random_batch(3, 7, inputs)[0]
+        start = block(x)
+        if inputs == 8:
+            assert torch.equal(start, x)  # it starts as its shortcut
+        output = stirred(block, 0.3)(x)
+        assert output.shape == (3, -(-7 // stride), -(-7 // stride), 8)
+        torch.testing.assert_close(output, plain_block(block, x, activation), rtol=1e-4, atol=1e-4)
+
+
+def block_parameters(inputs, width, compression, stride, hybrid):
+    hidden = round(width / compression)
+    mlp = (inputs + 1) * hidden + (hidden + 1) * width
+    if hybrid == "mlp":
+        return 2 * inputs + mlp + ((inputs + 1) * width if inputs != width else 0)
+    shortcut = (9 * inputs + 1) * width if stride > 1 or inputs != width else 0
+    if hybrid == "front" or hybrid == "interleaved" and compression < 1:
+        mlp, conv = (width + 1) * hidden + (hidden + 1) * width, (9 * inputs + 1) * width
+    else:
+        conv = (9 * width + 1) * width if hybrid == "post" else (9 * hidden + 1) * hidden
+    return 2 * inputs + mlp + conv + shortcut
+
+
+def inrn_parameters(widths, blocks, stem_stride, compression, channels, classes, hybrid="interleaved", **_):
+    widths, blocks = ([int(number) for number in text.split(",")] for text in (widths, blocks))
+    total = (max(3, stem_stride)**2 * channels + 1) * widths[0] + 2 * widths[-1] + (widths[-1] + 1) * classes
+    for stage, (before, width, count) in enumerate(zip([widths[0], *widths], widths, blocks)):
+        total += block_parameters(before, width, compression, 2 if stage else 1, hybrid)
+        total += (count - 1) * block_parameters(width, width, compression, 1, hybrid)
+    return total
+
+
+def arguments_of(model_class, hyperparameters):
+    names = model_class.__init__.__code__.co_varnames
+    return {name: value for name, value in hyperparameters.items() if name in names}
+
+
+@pytest.mark.parametrize("preset, classes, flat, compressed", [
+    ("small", 100, 2.5e6, 2.86e6), ("medium", 1000, 14e6, 5.7e6), ("large", 1000, 57e6, 21e6), ("quick", 10, None, None)])
+def test_inrn_presets_have_the_papers_numbers_of_parameters(preset, classes, flat, compressed):
+    arguments = arguments_of(inrn.INRN, inrn.PRESETS[preset])
+    for changes, paper in (({}, compressed), ({"compression": 1.0}, flat)):
+        count = inrn.INRN(3, classes, **{**arguments, **changes}).count_params()
+        assert count == inrn_parameters(**{**arguments, **changes}, channels=3, classes=classes)
+        assert paper is None or count == pytest.approx(paper, rel=0.05)
+
+
+@pytest.mark.parametrize("hybrid", HYBRIDS)
+def test_inrn_is_its_stem_stages_and_head(hybrid):
+    keras.utils.set_random_seed(1)
+    model = stirred(inrn.INRN(3, 5, "4,6,8,10", "1,2,3,1", 2, 2.0, "gelu", hybrid))
+    assert model.count_params() == inrn_parameters("4,6,8,10", "1,2,3,1", 2, 2.0, 3, 5, hybrid)
+    for size in ((28, 28), (33, 20)):
+        images = torch.rand(2, *size, 3)
+        outputs = model.stage_outputs(images)
+        x, sides = plain_convolution(model.stem, images, 2), [-(-side // 2) for side in size]
+        for number, (blocks, count, width) in enumerate(zip(model.stages, (1, 2, 3, 1), (4, 6, 8, 10), strict=True), 1):
+            assert len(blocks) == count
+            for block in blocks:
+                x = plain_block(block, x, functional.gelu)
+            assert outputs[f"stage{number}"].shape == (2, *sides, width)
+            torch.testing.assert_close(outputs[f"stage{number}"], x, rtol=1e-3, atol=1e-4)
+            sides = [-(-side // 2) for side in sides]
+        mean = functional.layer_norm(x.mean((1, 2)), (10,), model.norm.gamma.value, model.norm.beta.value, 1e-5)
+        torch.testing.assert_close(model(images), plain_dense(model.head, mean), rtol=1e-3, atol=1e-4)
+
+
+def test_inrns_wrong_arguments_and_inputs():
+    for arguments, hint in ((dict(widths="8,8"), "four whole numbers"), (dict(blocks="1,2,0,1"), "four whole numbers"),
+                            (dict(activation="tanh"), "gelu or relu"), (dict(hybrid="both"), "interleaved"),
+                            (dict(compression=0.0), "compression"), (dict(compression=64.0), "compression"),
+                            (dict(num_classes=0), "at least 1")):
+        with pytest.raises(ValueError, match=hint):
+            inrn.INRN(1, **{"num_classes": 10, **arguments})
+    with pytest.raises(ValueError, match=r"\(N, H, W, 1\)"):
+        inrn.INRN(1, 10, "4,4,4,4", "1,1,1,1")(torch.zeros(2, 8, 8, 3))
+    for arguments, hint in ((dict(network="nerf"), "siren"), (dict(alpha=1.5), "alpha"), (dict(width=0), "at least 1"),
+                            (dict(compression=100.0), "compression")):
+        with pytest.raises(ValueError, match=hint):
+            inrn.PictureFit(**arguments)
+
+
+# Fitting.
+
+
+def plain_ssim(a, b):
+    """SSIM of two pictures (H, W, C) in [-1, 1], window by window, in float64. (Wang et al., 2004.)"""
+    axis = np.arange(11) - 5
+    window = np.exp(-axis**2 / (2 * 1.5**2))
+    window = np.outer(window, window) / window.sum()**2
+    values = []
+    for i in range(a.shape[0] - 10):
+        for j in range(a.shape[1] - 10):
+            for c in range(a.shape[2]):
+                x, y = a[i:i + 11, j:j + 11, c].astype(np.float64), b[i:i + 11, j:j + 11, c].astype(np.float64)
+                mx, my = (window * x).sum(), (window * y).sum()
+                vx, vy, cov = ((window * p).sum() - q for p, q in ((x * x, mx * mx), (y * y, my * my), (x * y, mx * my)))
+                values.append((2 * mx * my + 4e-4) * (2 * cov + 36e-4) / ((mx**2 + my**2 + 4e-4) * (vx + vy + 36e-4)))
+    return np.mean(values)
+
+
+def test_the_fitting_loss_is_equation_1():
+    a, b = (random_batch(2, 16, 3, seed=seed)[0] for seed in (0, 1))
+    b = 0.7 * a + 0.3 * b
+    squared = ((a - b) ** 2).mean((1, 2, 3)).numpy()
+    ssim = np.array([plain_ssim(*pair) for pair in zip(a.numpy(), b.numpy())])
+    for alpha in (0.0, 0.3, 1.0):
+        loss = inrn.fitting_loss(a, b, alpha).numpy()
+        np.testing.assert_allclose(loss, alpha * squared + (1 - alpha) * (1 - ssim), rtol=1e-3)
+        np.testing.assert_allclose(inrn.fitting_loss(a, a, alpha).numpy(), 0, atol=1e-6)
+    assert inrn.similarity(a[:, :5, :8], a[:, :5, :8]).numpy() == pytest.approx(1, abs=1e-5)  # smaller than a window
+
+
+def test_coordinates_are_the_centres_of_cells_and_time_comes_last():
+    grid = inrn.coordinates(2, 4, np.array([-1.0, 0.5], np.float32)).numpy()
+    assert grid.shape == (2, 2, 4, 3)
+    for n, i, j in np.ndindex(2, 2, 4):
+        np.testing.assert_allclose(grid[n, i, j], [(-0.5, 0.5)[i], (-0.75, -0.25, 0.25, 0.75)[j], (-1, 0.5)[n]])
+    np.testing.assert_array_equal(inrn.coordinates(2, 4).numpy(), grid[:1, ..., :2])
+
+
+@pytest.mark.parametrize("time", [False, True])
+def test_the_networks_of_a_fit_equal_plain_pytorch(time):
+    arguments = dict(time=time, width=8, blocks=2, features=5, patch=2)
+    times = torch.tensor([-0.5, 0.5, 1.0])
+    models = {network: stirred(inrn.PictureFit(network, **arguments), 0.05) for network in ("inrn", "siren", "relu")}
+    for name, model in models.items():
+        pictures = model(times, size=(7, 10))
+        size = (4, 5) if name == "inrn" else (7, 10)
+        axes = [(torch.arange(side) + 0.5) / side * 2 - 1 for side in size]
+        x = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).expand(3, *size, 2)
+        if time:
+            x = torch.cat([x, times.reshape(3, 1, 1, 1).expand(3, *size, 1)], -1)
+        if name == "siren":
+            *sines, last = model.network
+            for layer in sines:
+                x = torch.sin(30 * plain_dense(layer.dense, x))
+            expected = plain_dense(last, x)
+        else:
+            features, first, *middle, last = model.network
+            angles = x @ torch.cat([part.value for part in features.parts])
+            x = plain_dense(first, torch.cat([angles.sin(), angles.cos()], -1))
+            x = x.relu() if name == "relu" else x
+            for layer in middle:
+                x = plain_block(layer, x, functional.gelu) if name == "inrn" else plain_dense(layer, x).relu()
+            expected = plain_dense(last, x)
+        if name == "inrn":  # each coordinate is two by two pixels, row by row
+            cells = expected.reshape(3, 4, 5, 2, 2, 3)
+            expected = torch.stack([torch.stack([cells[:, i // 2, j // 2, i % 2, j % 2] for j in range(10)], 1)
+                                    for i in range(7)], 1)
+        torch.testing.assert_close(pictures, expected, rtol=1e-4, atol=1e-4)
+        if not time:
+            assert torch.equal(pictures[0], pictures[2])
+        np.testing.assert_allclose(model.render(times, 7, 10), expected.detach().clip(-1, 1).numpy(), atol=1e-4)
+
+
+def test_compared_networks_have_as_many_parameters_as_fit():
+    for arguments in (dict(), dict(width=24, blocks=2, time=True)):
+        count = inrn.PictureFit(**arguments).count_params()
+        for network in ("siren", "relu"):
+            model = inrn.PictureFit(network, **arguments)
+            assert 0.95 * count < model.count_params() <= count
+            inputs = 2 + arguments.get("time", False)
+            inputs, fixed = (inputs, 0) if network == "siren" else (256, 128 * inputs)
+            width = model.network[-1].kernel.shape[0]
+            sizes = [(inputs + 1) * w + 3 * (w + 1) * w + 3 * (w + 1) + fixed for w in (width, width + 1)]
+            assert sizes[0] == model.count_params() and sizes[1] > count
+    siren = inrn.PictureFit("siren").network
+    for layer, limit in ((siren[0].dense, 1 / 2), (siren[1].dense, math.sqrt(6 / siren[1].dense.kernel.shape[0]) / 30)):
+        assert 0.98 * limit < layer.kernel.value.abs().max() <= limit
+
+
+def test_fit_steps_equal_pytorch_adam():
+    frames, times = random_batch(2, 12, 3)[0], torch.tensor([-1.0, 1.0])
+    model = stirred(inrn.PictureFit(time=True, width=8, blocks=1, features=4, alpha=0.6))
+    model.compile(total_steps=4, rate=1e-3)
+    twin = inrn.PictureFit.from_config(model.get_config())
+    twin.set_weights(model.get_weights())
+    parameters = [variable.value for variable in twin.trainable_variables]
+    optimizer = torch.optim.Adam(parameters, betas=(0.9, 0.9), eps=1e-14)
+    model.optimizers[0].epsilon = 1e-14
+    for step in range(4):
+        model.train_step((frames, times))
+        optimizer.param_groups[0]["lr"] = 1e-3 * (1 + math.cos(math.pi * step / 4)) / 2
+        pictures = twin(times, size=(12, 12))
+        loss = 0.6 * ((pictures - frames) ** 2).mean() + 0.4 * (1 - inrn.similarity(pictures, frames).mean())
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
+            parameter.grad = gradient
+        optimizer.step()
+    for ours, reference in zip(model.trainable_variables, twin.trainable_variables):
+        torch.testing.assert_close(ours.value, reference.value, rtol=1e-3, atol=3e-5, msg=ours.path)
+
+
+def test_a_small_picture_is_fitted():
+    keras.utils.set_random_seed(0)
+    picture = data.scale(data.shapes_mosaic(32))[None]
+    model = inrn.PictureFit(width=32, blocks=3, features=64, feature_scale=8.0)
+    model.compile(total_steps=200)
+    history = model.fit(np.repeat(picture, 20, axis=0), np.zeros(20), batch_size=1, epochs=10, verbose=0).history
+    metrics = model.evaluate(picture, np.zeros(1), verbose=0, return_dict=True)
+    squared = ((model.render([0.0], 32, 32) - picture) ** 2).mean()
+    assert metrics["psnr"] == pytest.approx(10 * math.log10(4 / squared), abs=0.01) and metrics["psnr"] > 30
+    ssim = plain_ssim(model.render([0.0], 32, 32)[0], picture[0])
+    assert metrics["ssim"] == pytest.approx(ssim, abs=1e-3)
+    assert metrics["loss"] == pytest.approx(0.7 * squared + 0.3 * (1 - ssim), abs=1e-3)
+    assert history["psnr"][-1] > history["psnr"][0]
+
+
+# Distillation.
+
+
+def tiny_inrn(channels=1, classes=10, **changes):
+    keras.utils.set_random_seed(1)
+    return stirred(inrn.INRN(channels, classes, **{**dict(widths="4,6,8,10", blocks="1,1,1,1", stem_stride=2,
+                                                          compression=2.0), **changes}))
+
+
+def tiny_teacher(classes=10, size=16, softmax=False):
+    keras.utils.set_random_seed(2)
+    teacher = inrn.residual_cnn((size, size, 1), classes, stem_stride=2, width=4)
+    if softmax:
+        teacher = keras.Model(teacher.inputs, keras.layers.Softmax()(teacher.output))
+    return teacher
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+def test_the_distillation_loss_equals_plain_pytorch(softmax):
+    images, labels = random_batch(6, 16)
+    student, teacher = tiny_inrn(), tiny_teacher(softmax=softmax)
+    distiller = stirred(inrn.Distiller(student, teacher, (16, 16, 1), 10, task_weight=0.8, feature_weight=0.5,
+                                       logits_weight=0.25, temperature=3.0))
+    distiller.compile(total_steps=10)
+    before = teacher.get_weights()
+    with torch.no_grad():
+        outputs = student.stage_outputs(images)
+        logits = student(images)
+        layers = [teacher.get_layer(f"stage{number}").output for number in range(1, 5)]
+        *features, taught = keras.Model(teacher.inputs, [*layers, teacher.output])(images, training=False)
+        distance = 0
+        for align, output, feature in zip(distiller.alignment, outputs.values(), features, strict=True):
+            aligned = output @ align.kernel.value[0, 0] + align.bias.value
+            flat = feature.flatten(1)
+            target = (flat - flat.mean(1, keepdim=True)) / torch.sqrt(flat.var(1, keepdim=True, correction=0) + 1e-6)
+            distance += ((aligned.flatten(1) - target) ** 2).mean()
+        taught = taught.log() if softmax else taught
+        divergence = functional.kl_div((logits / 3).log_softmax(-1), (taught / 3).softmax(-1), reduction="batchmean")
+        expected = 0.8 * functional.cross_entropy(logits, labels) + 0.5 * distance + 0.25 * 9 * divergence
+    metrics = distiller.train_step((images, labels))
+    assert float(metrics["loss"]) == pytest.approx(float(expected), rel=1e-3)
+    assert float(metrics["distillation"]) == pytest.approx(float(0.5 * distance + 0.25 * 9 * divergence), rel=1e-3)
+    assert all(np.array_equal(a, b) for a, b in zip(before, teacher.get_weights()))
+    metrics = distiller.test_step((images, labels))
+    assert metrics.keys() == {"loss", "accuracy"}
+
+
+def test_the_teacher_reaches_every_stage_and_is_no_part_of_the_student(tmp_path):
+    images, labels = random_batch(6, 16)
+    student, teacher = tiny_inrn(), tiny_teacher()
+    distiller = inrn.Distiller(student, teacher, (16, 16, 1), 10, task_weight=0.0)
+    distiller.compile(total_steps=10)
+    distiller.train_step((images, labels))
+    learning = {id(variable): variable.value.grad for variable in distiller.trainable_variables}
+    for blocks in student.stages:
+        for variable in blocks[-1].trainable_variables:
+            assert learning[id(variable)].abs().max() > 0
+    assert all(learning[id(variable)].abs().max() > 0 for layer in distiller.alignment for variable in layer.variables)
+    assert student.head.kernel.value.grad is None or student.head.kernel.value.grad.abs().max() == 0
+    teachers = {id(variable) for variable in teacher.variables}
+    assert not teachers & {id(variable) for variable in distiller.variables}
+
+    distiller.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert type(loaded) is inrn.INRN and loaded.count_params() == student.count_params()
+    assert np.allclose(loaded.predict(images.numpy(), verbose=0), student(images).detach().numpy(), atol=1e-5)
+    assert (tmp_path / "model.keras").stat().st_size < 12 * student.count_params() + 250_000
+    metrics = loaded.evaluate(images.numpy(), labels.numpy(), verbose=0, return_dict=True)
+    expected = functional.cross_entropy(student(images), labels).item()
+    assert metrics["loss"] == pytest.approx(expected, rel=1e-4)
+    assert int(loaded.optimizer.iterations) == 1
+    loaded.fit(images.numpy(), labels.numpy(), verbose=0)
+
+
+def test_saved_inrn_in_a_fresh_process(tmp_path):
+    images = random_batch(3, 16)[0].numpy()
+    model = tiny_inrn(hybrid="post", activation="relu")
+    model.save(tmp_path / "model.keras")
+    fit = stirred(inrn.PictureFit(time=True, width=8, blocks=1, features=4))
+    fit.compile(total_steps=3)
+    fit.save(tmp_path / "fit.keras")
+    np.save(tmp_path / "images.npy", images)
+    code = ("import inrn, keras, numpy as np; model = keras.saving.load_model('model.keras'); "
+            "np.save('logits.npy', model.predict(np.load('images.npy'), verbose=0)); "
+            "np.save('frames.npy', keras.saving.load_model('fit.keras').render([0.0, 1.0], 9, 11))")
+    result = run_python("-c", code, cwd=tmp_path, PYTHONPATH=str(HERE))
+    assert result.returncode == 0, result.stderr
+    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), model.predict(images, verbose=0), atol=1e-5)
+    np.testing.assert_allclose(np.load(tmp_path / "frames.npy"), fit.render([0.0, 1.0], 9, 11), atol=1e-5)
+
+
+def test_distiller_steps_equal_pytorch_adamw():
+    """With warming up, clipping to norm 1, and decay of kernels alone; without a teacher."""
+    images, labels = random_batch(8, 16)
+    student = tiny_inrn()
+    distiller = inrn.Distiller(student)
+    distiller.compile(total_steps=40, rate=1e-2, weight_decay=0.1)
+    twin = inrn.INRN.from_config(student.get_config())
+    twin.set_weights(student.get_weights())
+    kernels, others = ([v.value for v in twin.trainable_variables if (v.name == "kernel") == wanted]
+                       for wanted in (True, False))
+    optimizer = torch.optim.AdamW([{"params": kernels, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+                                  eps=1e-14)
+    distiller.optimizers[0].epsilon = 1e-14
+    for step in range(5):
+        distiller.train_step((100 * images, labels))
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * (step / 2 if step < 2 else (1 + math.cos(math.pi * (step - 2) / 38)) / 2)
+        optimizer.zero_grad()
+        functional.cross_entropy(twin(100 * images), labels).backward()
+        torch.nn.utils.clip_grad_norm_(kernels + others, 1.0)
+        optimizer.step()
+    for ours, reference in zip(student.trainable_variables, twin.trainable_variables):
+        torch.testing.assert_close(ours.value, reference.value, rtol=1e-3, atol=1e-4, msg=ours.path)
+
+
+def test_layers_to_learn_from_are_matched_by_resolution_or_name():
+    student, teacher = tiny_inrn(), tiny_teacher()
+    matched = inrn.match_layers(teacher, student, (16, 16, 1))
+    assert [(stage, layer.name) for stage, layer in matched.items()] == [(f"stage{i}", f"stage{i}") for i in range(1, 5)]
+    sequential = keras.Sequential([keras.Input((None, None, 1)), keras.layers.Conv2D(3, 3, strides=4, padding="same",
+                                                                                    name="quarter"),
+                                   keras.layers.GlobalMaxPooling2D(), keras.layers.Dense(10)])
+    assert {stage: layer.name for stage, layer in inrn.match_layers(sequential, student, (16, 16, 1)).items()} == {
+        "stage2": "quarter"}
+    names = ["stage4", "stage3", "stage2", "stage1"]
+    matched = inrn.match_layers(teacher, student, (16, 16, 1), names)
+    assert [layer.name for layer in matched.values()] == names
+    images, labels = random_batch(2, 16)
+    distiller = inrn.Distiller(student, teacher, (16, 16, 1), 10, layers=names)  # resolutions that differ
+    distiller.compile(total_steps=3)
+    assert math.isfinite(distiller.train_step((images, labels))["loss"])
+    odd = keras.Sequential([keras.Input((16, 16, 1)), keras.layers.Conv2D(3, 14), keras.layers.Flatten(),
+                            keras.layers.Dense(10)])
+    for model, arguments, hint in (
+            (teacher, ((16, 16, 3), ()), "the images are"), (teacher, ((28, 28, 1), ()), "the images are"),
+            (odd, ((16, 16, 1), ()), "resolution"), (student, ((16, 16, 1), ()), "functional or sequential"),
+            (teacher, ((16, 16, 1), ["stage1"]), "four of"), (teacher, ((16, 16, 1), [*names[:3], "none"]), "four of")):
+        with pytest.raises(ValueError, match=hint):
+            inrn.match_layers(model, student, *arguments)
+    with pytest.raises(ValueError, match="10 classes, the dataset has 7"):
+        inrn.Distiller(tiny_inrn(classes=7), teacher, (16, 16, 1), 7)
+
+
+def test_resnet101_sees_images_as_it_was_trained():
+    teacher = inrn.resnet101((32, 32, 1), weights=None)
+    images = random_batch(1, 32)[0]
+    seen = keras.Model(teacher.inputs, teacher.get_layer("conv1_pad").input)(images).numpy()
+    expected = (127.5 * (images.numpy() + 1)).repeat(3, -1) - np.array([103.939, 116.779, 123.68])  # BGR means
+    np.testing.assert_allclose(seen, expected, rtol=1e-4, atol=1e-3)
+    student = tiny_inrn(stem_stride=4)
+    assert [layer.output.shape[1:3] for layer in inrn.match_layers(teacher, student, (32, 32, 1)).values()] == [
+        (8, 8), (4, 4), (2, 2), (1, 1)]
+    inrn.Distiller(student, teacher, (32, 32, 1), 10)  # it has no classes of its own
+    with pytest.raises(ValueError, match="logits_weight at 0"):
+        inrn.Distiller(student, teacher, (32, 32, 1), 10, logits_weight=1.0)
+
+
+def test_resnet101_without_a_network(tmp_path, monkeypatch, capsys):
+    def unreachable(**_):
+        raise OSError("URL fetch failure")
+
+    monkeypatch.setattr(keras.applications, "ResNet101", unreachable)
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*TINY_INRN, "--teacher", "resnet101", "--image-size", "32", "--run-dir", str(tmp_path / "run")])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and "URL fetch failure" in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_inrn_in_mixed_precision():
+    student = tiny_inrn(dtype="mixed_bfloat16")
+    images, labels = random_batch(4, 16)
+    assert student.stage_outputs(images)["stage2"].dtype == torch.bfloat16 and student(images).dtype == torch.float32
+    distiller = inrn.Distiller(student, tiny_teacher(), (16, 16, 1), 10)
+    distiller.compile(total_steps=3)
+    assert math.isfinite(distiller.train_step((images, labels))["loss"])
+
+
 @pytest.mark.parametrize("method", train.METHODS)
 def test_a_method_alone_in_an_empty_folder(tmp_path, method):
     shutil.copy(HERE / f"{method}.py", tmp_path)
@@ -1046,7 +1486,7 @@ def test_hyperinr_on_a_tfds_dataset_of_an_odd_size(dummy_mnist, tmp_path):
     assert results["operations"]["upsample"]["bilinear"] > 40  # its images are all of one grey
 
 
-@pytest.mark.parametrize("tiny", [TINY, TINY_HYPERINR], ids=train.METHODS)
+@pytest.mark.parametrize("tiny", [TINY, TINY_HYPERINR, TINY_INRN, TINY_FIT], ids=[*train.METHODS, "fit"])
 def test_the_same_seed_gives_the_same_run(tmp_path, tiny):
     for name in ("a", "b"):
         assert train.main(["--run-dir", str(tmp_path / name), *tiny]) == 0
@@ -1089,6 +1529,18 @@ BAD_OPTIONS = [
     (["--method", "hyperinr", "--classifier-part", "1"], "between 0 and 1"),
     (["--method", "hyperinr", "--final-rate", "2"], "between 0 and 1"),
     (["--method", "hyperinr", "--inner-steps", "6"], "--inner-steps"), (["--classifier", "joint"], "--classifier"),
+    (["--teacher", "none"], "--teacher"), *[(["--method", "inrn", *arguments], hint) for arguments, hint in [
+        (["--widths", "8,8"], "four whole numbers"), (["--hybrid", "both"], "interleaved"), (["--compile"], "--compile"),
+        (["--compression", "0"], "compression"), (["--activation", "tanh"], "relu"), (["--ablate", "all"], "stages"),
+        (["--teacher", "no/such.keras"], "no/such.keras"), 
+        (["--teacher-layers", "a,b"], "stage1"), (["--image", "a.png"], "--task fit"), (["--alone"], "--task fit"),
+        (["--task", "fit", "--teacher", "none"], "--task fit"), (["--task", "fit", "--ablate", "stages"], "--task fit"),
+        (["--task", "fit", "--widths", "8,8,8,8"], "--widths"), (["--task", "fit", "--alpha", "2"], "alpha"),
+        (["--task", "fit", "--image", "no/such.png"], "no/such.png"), (["--task", "fit", "--image", __file__], "image"),
+        (["--task", "fit", "--frames", "no/such"], "No such"), (["--task", "fit", "--frames", str(HERE)], "no image"),
+        (["--task", "fit", "--image", "a.png", "--frames", "b"], "not allowed with"),
+        (["--task", "fit", "--width", "0"], "from 1 up"), (["--seeds", "0"], "from 1 up"),
+    ]],
 ]
 
 
@@ -1170,9 +1622,13 @@ def test_benchmark_of_hyperinr(capsys):
 # ---- A run survives ----
 
 
-SURVIVORS = {"mwt": [*TINY, "--augment"], "hyperinr": [*TINY_HYPERINR, "--classifier", "latent", "--classifier-part", "0.4"]}
-SURVIVORS = {name: [*options, "--limit", "480", "--epochs", "3", "--save-every", "4"] for name, options in
-             SURVIVORS.items()}
+LONGER = ["--limit", "480", "--epochs", "3", "--save-every", "4"]
+SURVIVORS = {  # classifiers
+    "mwt": [*TINY, "--augment", *LONGER],
+    "hyperinr": [*TINY_HYPERINR, "--classifier", "latent", "--classifier-part", "0.4", *LONGER],
+    "inrn": [*TINY_INRN, *LONGER],
+}
+RUNS = {**SURVIVORS, "fit": [*TINY_FIT, "--steps", "60", "--save-every", "7"]}
 
 
 def start(*arguments):
@@ -1185,23 +1641,31 @@ def start(*arguments):
     return process
 
 
+def timeless(results):
+    """Results without times."""
+    return {name: timeless(value) if isinstance(value, dict) else value for name, value in results.items()
+            if not name.startswith("seconds")}
+
+
 def assert_same_run(folder, reference):
     """Weights and optimizers bit for bit, the history, the results; nothing left behind."""
     assert (folder / "history.csv").read_text() == (reference / "history.csv").read_text()
     ours, theirs = (json.loads((path / "results.json").read_text()) for path in (folder, reference))
-    assert {**ours, "seconds_per_epoch": 0} == {**theirs, "seconds_per_epoch": 0}
-    models = [keras.saving.load_model(path / "model.keras") for path in (folder, reference)]
-    for a, b in zip(*([*model.weights, *[variable for optimizer in model.optimizers for variable in
-                                         optimizer.variables]] for model in models), strict=True):
-        assert np.array_equal(a.numpy(), b.numpy()), a.path
-    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in reference.iterdir())
+    assert timeless(ours) == timeless(theirs)
+    assert sorted(path.relative_to(folder) for path in folder.rglob("*")) == sorted(
+        path.relative_to(reference) for path in reference.rglob("*"))
+    for path in reference.rglob("model.keras"):
+        models = [keras.saving.load_model(path) for path in (folder / path.relative_to(reference), path)]
+        for a, b in zip(*([*model.weights, *[variable for optimizer in getattr(model, "optimizers", [model.optimizer])
+                                             for variable in optimizer.variables]] for model in models), strict=True):
+            assert np.array_equal(a.numpy(), b.numpy()), a.path
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     """One finished run of each method, which nothing disturbed."""
     folder = tmp_path_factory.mktemp("runs")
-    for method, options in SURVIVORS.items():
+    for method, options in RUNS.items():
         result = run_python("train.py", *options, "--run-dir", folder / method)
         assert result.returncode == 0, result.stderr
     return folder
@@ -1221,9 +1685,9 @@ def kill_and_resume(folder, options, kills, rng):
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("method", SURVIVORS)
+@pytest.mark.parametrize("method", RUNS)
 def test_a_killed_run_ends_like_one_that_was_not(uninterrupted, tmp_path, method):
-    kill_and_resume(tmp_path / "run", SURVIVORS[method], 3, np.random.default_rng(0))
+    kill_and_resume(tmp_path / "run", RUNS[method], 3, np.random.default_rng(0))
     assert_same_run(tmp_path / "run", uninterrupted / method)
 
 
@@ -1360,7 +1824,7 @@ def test_options_beside_resume(interrupted, uninterrupted, capsys):
     assert before == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in finished.iterdir()}
 
 
-@pytest.mark.parametrize("method", SURVIVORS)
+@pytest.mark.parametrize("method", RUNS)
 def test_evaluate_gives_the_same_results(uninterrupted, tmp_path, method):
     folder = tmp_path / "run"
     shutil.copytree(uninterrupted / method, folder)
@@ -1368,8 +1832,7 @@ def test_evaluate_gives_the_same_results(uninterrupted, tmp_path, method):
     assert result.returncode == 0, result.stderr
     expected, actual = (json.loads((path / "results.json").read_text())
                         for path in (folder, folder / "evaluation-shapes"))
-    del expected["seconds_per_epoch"]
-    assert actual == expected
+    assert actual == timeless(expected)
     pictures = {path.name for path in folder.glob("*.png")} - {"curves.png"}
     assert {path.name for path in (folder / "evaluation-shapes").glob("*.png")} == pictures
 

@@ -525,7 +525,7 @@ def complete(options, folder, runs, conclude):
                 if len(runs) > 1:
                     print(f"{run.folder}: {epochs} epochs of {run.batches.steps} steps", flush=True)
                 if options.resume:
-                    print(f"{run.folder}: going on after {run.epoch} epochs and {run.step} steps", flush=True)
+                    print(f"going on after {run.epoch} epochs and {run.step} steps in {run.folder}", flush=True)
                 run.fit(epochs, validation)
             write_json(folder / "results.json", conclude())
             for run, *_ in runs:
