@@ -62,7 +62,7 @@ SMALL = dict(
     teacher_epochs=30,      # of --teacher train
 )
 PRESETS = {
-    "quick": {**SMALL, "widths": "64,128,256,256", "blocks": "1,1,2,1", "stem_stride": 2, "compression": 2.0, "epochs": 4,
+    "quick": {**SMALL, "widths": "64,128,256,256", "blocks": "1,1,2,1", "stem_stride": 2, "compression": 2.0, "epochs": 3,
               "teacher_epochs": 2},
     "small": SMALL,
     "medium": {**SMALL, "widths": "88,176,352,352", "blocks": "1,3,6,2", "stem_stride": 4, "compression": 2.0},
@@ -95,22 +95,25 @@ ABLATIONS = {
                      {"teacher": "train", "feature_weight": 0.0, "logits_weight": 1.0},
                      {"teacher": "train", "logits_weight": 1.0}],
 }
-
-
 # ---- The block ----
 
 
-def dense(inputs, outputs, initializer="glorot_uniform", **options):
+def small_uniform():
+    """U(±1 / sqrt(inputs)): half of what keeps the variance. Fits of pictures gain 2 dB by it."""
+    return keras.initializers.VarianceScaling(1 / 3, "fan_in", "uniform")
+
+
+def dense(inputs, outputs, initializer=None, **options):
     """Dense layer over channels, built at once: an MLP's layer, or a 1×1 convolution."""
-    layer = keras.layers.Dense(outputs, kernel_initializer=initializer, **options)
+    layer = keras.layers.Dense(outputs, kernel_initializer=initializer or small_uniform(), **options)
     layer.build((None, None, None, inputs))
     return layer
 
 
-def convolution(inputs, outputs, size=3, stride=1, initializer="glorot_uniform", **options):
+def convolution(inputs, outputs, size=3, stride=1, initializer=None, **options):
     """Convolution over (N, H, W, inputs), padded, built at once."""
     layer = keras.layers.Conv2D(outputs, size, stride, "same", data_format="channels_last",
-                                kernel_initializer=initializer, **options)
+                                kernel_initializer=initializer or small_uniform(), **options)
     layer.build((None, None, None, inputs))
     return layer
 
@@ -125,7 +128,8 @@ class INReBlock(keras.layers.Layer):
     compression: c; the MLP's hidden width is width / c. 1 is flat, below 1 the block expands first.
     activation: "gelu" (the exact one) or "relu".
     hybrid: "interleaved", the convolution at the narrower width, between the layers or (c < 1) before them; "front" or
-    "post", at full width before or after them; "mlp", none, and strides take means. (Table 1.)
+    "post", at full width before or after them (so c < 1 makes "front" of "interleaved"); "mlp", none, and strides take
+    means. (Table 1.)
     Raises ValueError for other values. Normalization and shortcut are ours.
     """
 
@@ -188,7 +192,6 @@ def coordinates(height, width, times=None):
                             ops.broadcast_to(times, (len(times), height, width, 1))], axis=-1)
 
 
-@keras.saving.register_keras_serializable("inrn")
 class FourierFeatures(keras.layers.Layer):
     """Sines and cosines of `features` random directions: (N, H, W, inputs) -> (N, H, W, 2 features), the embedding E of
     section 2.1, for which we take that of Tancik et al. (NeurIPS 2020).
@@ -199,38 +202,14 @@ class FourierFeatures(keras.layers.Layer):
 
     def __init__(self, inputs, features, scale, **kwargs):
         super().__init__(**kwargs)
-        self.config = dict(inputs=inputs, features=features, scale=scale)
-        self.parts = [
-            self.add_weight(shape=(count, features), trainable=False, name=name,
-                            initializer=keras.initializers.RandomNormal(stddev=deviation))
-            for count, deviation, name in ((2, scale, "space"), (inputs - 2, 3.0, "time")) if count]
+        self.scales = [scale, scale, 3.0][:inputs]
+        self.directions = self.add_weight(shape=(inputs, features), trainable=False, name="directions",
+                                          initializer=keras.initializers.RandomNormal(stddev=1.0))
         self.built = True
 
     def call(self, coords):
-        angles = coords @ ops.concatenate(self.parts)
+        angles = (coords * ops.convert_to_tensor(self.scales, coords.dtype)) @ self.directions
         return ops.concatenate([ops.sin(angles), ops.cos(angles)], axis=-1)
-
-    def get_config(self):
-        return {**super().get_config(), **self.config}
-
-
-@keras.saving.register_keras_serializable("inrn")
-class SineLayer(keras.layers.Layer):
-    """sin(omega (x W + b)), with the start of SIREN: (…, inputs) -> (…, width). (Sitzmann et al., NeurIPS 2020.)"""
-
-    def __init__(self, inputs, width, omega=30.0, first=False, **kwargs):
-        super().__init__(**kwargs)
-        self.config = dict(inputs=inputs, width=width, omega=omega, first=first)
-        limit = 1 / inputs if first else (6 / inputs) ** 0.5 / omega
-        self.omega = omega
-        self.dense = dense(inputs, width, keras.initializers.RandomUniform(-limit, limit), dtype=self.dtype_policy)
-        self.built = True
-
-    def call(self, x):
-        return ops.sin(self.omega * self.dense(x))
-
-    def get_config(self):
-        return {**super().get_config(), **self.config}
 
 
 def single_stage(inputs, width, blocks, compression, activation, hybrid, patch, features, feature_scale):
@@ -243,50 +222,46 @@ def single_stage(inputs, width, blocks, compression, activation, hybrid, patch, 
     ]
 
 
-HIDDEN_LAYERS = 3  # of the two networks that INRN is compared with, as in the SIREN paper's fits of images
+def sine(x):
+    return ops.sin(30.0 * x)
 
 
-def equal_width(parameters, inputs):
-    """Largest D, at least 1, with which inputs -> D, three layers D -> D and D -> 3 have at most that many parameters."""
-    width = 1
-    while (inputs + 1) * (width + 1) + HIDDEN_LAYERS * (width + 2) * (width + 1) + 3 * (width + 2) <= parameters:
+def compared(network, inputs, parameters, features, feature_scale):
+    """Layers of what Figure 2 compares with, three hidden layers D -> D and the largest D that makes at most that many
+    parameters: coords (N, H, W, inputs) -> colours (N, H, W, 3). Raises ValueError where even D = 1 has more.
+
+    network: "siren" (Sitzmann et al., NeurIPS 2020), or "relu", an MLP on Fourier features like INRN's.
+    """
+    embedding = [] if network == "siren" else [FourierFeatures(inputs, features, feature_scale, dtype="float32")]
+    parameters -= sum(layer.count_params() for layer in embedding)
+    inputs, width = 2 * features if embedding else inputs, 0
+    while (inputs + 1) * (width + 1) + 3 * (width + 2) * (width + 1) + 3 * (width + 2) <= parameters:
         width += 1
-    return width
-
-
-def siren(inputs, parameters):
-    """Layers of a SIREN with at most that many parameters: coords (N, H, W, inputs) -> colours (N, H, W, 3)."""
-    width = equal_width(parameters, inputs)
+    if not width:
+        raise ValueError(f"a network of {parameters} parameters is too small to compare with: take a larger width")
+    layers = []
+    for number, before in enumerate([inputs, width, width, width]):
+        limit = 1 / before if number == 0 else (6 / before) ** 0.5 / 30
+        start = keras.initializers.RandomUniform(-limit, limit) if network == "siren" else "he_normal"
+        layers.append(dense(before, width, start, activation=sine if network == "siren" else "relu", dtype="float32"))
     limit = (6 / width) ** 0.5 / 30
-    return [
-        SineLayer(inputs, width, first=True, dtype="float32"),
-        *[SineLayer(width, width, dtype="float32") for _ in range(HIDDEN_LAYERS)],
-        dense(width, 3, keras.initializers.RandomUniform(-limit, limit), dtype="float32"),
-    ]
-
-
-def relu_mlp(inputs, parameters, features, feature_scale):
-    """Layers of an MLP with ReLU on Fourier features like INRN's, with at most that many parameters; as `siren`."""
-    width = equal_width(parameters - inputs * features, 2 * features)
-    return [
-        FourierFeatures(inputs, features, feature_scale, dtype="float32"),
-        *[dense(before, width, "he_normal", activation="relu", dtype="float32")
-          for before in (2 * features, *[width] * HIDDEN_LAYERS)],
-        dense(width, 3, dtype="float32"),
-    ]
+    start = keras.initializers.RandomUniform(-limit, limit) if network == "siren" else None
+    return [*embedding, *layers, dense(width, 3, start, dtype="float32")]
 
 
 def similarity(pictures, others):
-    """SSIM of each picture (N, H, W, 3) in [-1, 1] with the other: (N,)."""
+    """SSIM of each picture (N, H, W, 3) in [-1, 1] with the other: (N,). Windows of 11, or as large as fit."""
     size = min(11, *pictures.shape[1:3])
-    return ops.image.ssim(pictures, others, max_val=2.0, filter_size=size - (size + 1) % 2, data_format="channels_last")
+    return ops.image.ssim(pictures + 1, others + 1, max_val=2.0,  # it is defined on intensities from 0 up
+                          filter_size=size - (size + 1) % 2, data_format="channels_last")
 
 
 def fitting_loss(pictures, targets, alpha):
-    """alpha L2 + (1 - alpha) (1 - SSIM) of each picture (N, H, W, 3) in [-1, 1]: (N,). (Equation 1, L2 being the mean
-    squared error.)"""
+    """alpha L2 + (1 - alpha) (1 - SSIM) of each picture (N, H, W, 3) in [-1, 1], L2 being the mean squared error; that
+    error; SSIM: three times (N,). (Equation 1.)"""
     squared = ops.mean(ops.square(pictures - targets), axis=(1, 2, 3))
-    return alpha * squared + (1 - alpha) * (1 - similarity(pictures, targets))
+    ssim = similarity(pictures, targets)
+    return alpha * squared + (1 - alpha) * (1 - ssim), squared, ssim
 
 
 @keras.saving.register_keras_serializable("inrn")
@@ -315,8 +290,7 @@ class PictureFit(keras.Model):
         layers = single_stage(inputs, width, blocks, compression, activation, hybrid, patch, features, feature_scale)
         if network != "inrn":
             parameters, self.patch = sum(layer.count_params() for layer in layers), 1
-            layers = (siren(inputs, parameters) if network == "siren" else
-                      relu_mlp(inputs, parameters, features, feature_scale))
+            layers = compared(network, inputs, parameters, features, feature_scale)
         self.network = layers  # once: Keras keeps what an attribute has held before
         self.trackers = [keras.metrics.Mean(name=name) for name in ("loss", "psnr", "ssim")]
         self.built = True
@@ -339,11 +313,11 @@ class PictureFit(keras.Model):
             frames = [self(times[i:i + 1], size=(height, width)) for i in range(len(times))]
         return ops.convert_to_numpy(ops.clip(ops.concatenate(frames), -1, 1))
 
-    def compile(self, total_steps, rate=1e-2, siren_rate=1e-3, relu_rate=3e-3, jit_compile=False):
+    def compile(self, total_steps, rate=1e-2, siren_rate=1e-3, relu_rate=3e-3):
         """Adam, its rate falling to 0 over total_steps along half a cosine; each network has a rate of its own.
 
         Its second moment forgets ten times as fast as usual (beta_2 0.9): gradients shrink by orders of magnitude during
-        a fit, and at 0.999 INRN and SIREN end 3 to 9 dB lower after 300 steps. jit_compile has no use here.
+        a fit, and at 0.999 INRN and SIREN end 3 to 9 dB lower after 300 steps.
         """
         self.compile_config = {name: value for name, value in locals().items() if name in {
             *FIT_PRESETS["quick"], "total_steps"}}
@@ -355,28 +329,24 @@ class PictureFit(keras.Model):
 
     def train_step(self, data):
         frames, times, _ = keras.utils.unpack_x_y_sample_weight(data)
-        pictures = self(times, size=frames.shape[1:3])
-        loss = fitting_loss(pictures, frames, self.alpha)
+        losses = fitting_loss(self(times, size=frames.shape[1:3]), frames, self.alpha)
         self.zero_grad()
-        ops.mean(loss).backward()
+        ops.mean(losses[0]).backward()
         with torch.no_grad():
             self.optimizers[0].apply([variable.value.grad for variable in self.trainable_variables],
                                      self.trainable_variables)
-            return self.update_metrics(pictures, frames, loss)
+            return self.update_metrics(*losses)
 
     def test_step(self, data):
         frames, times, _ = keras.utils.unpack_x_y_sample_weight(data)
         pictures = ops.clip(self(times, size=frames.shape[1:3]), -1, 1)
-        return self.update_metrics(pictures, frames, fitting_loss(pictures, frames, self.alpha))
+        return self.update_metrics(*fitting_loss(pictures, frames, self.alpha))
 
-    def update_metrics(self, pictures, frames, losses):
+    def update_metrics(self, losses, squared, similarities):
         loss, psnr, ssim = self.trackers
-        squared = ops.mean(ops.square(pictures - frames), axis=(1, 2, 3))
         loss.update_state(losses)
         psnr.update_state(10 * ops.log10(4 / squared))
-        # SSIM from equation 1: computing it again would cost as much as half a step.
-        ssim.update_state(1 - (losses - self.alpha * squared) / (1 - self.alpha) if self.alpha < 1 else
-                          similarity(pictures, frames))
+        ssim.update_state(similarities)
         return self.get_metrics_result()
 
     @property
@@ -491,8 +461,8 @@ def resnet101(image_shape, weights="imagenet"):
 def match_layers(teacher, student, image_shape, names=()):
     """For each stage of the student the teacher's layer to learn from: {"stage1": layer, …}.
 
-    names: those layers, one a stage; without, each stage gets the teacher's last layer of the same resolution, if there
-    is one. Raises ValueError where the teacher is no graph of layers, sees other images, or has no such layers.
+    names: those layers, one a stage; without, each stage gets the teacher's last layer of the same resolution, or the one
+    of its own name among them, if there is one. Raises ValueError where the teacher is no graph of layers, sees other images, or has no such layers.
     """
     if not getattr(teacher, "inputs", None):
         raise ValueError("the teacher must be a functional or sequential Keras model, whose layers have outputs")
@@ -500,18 +470,24 @@ def match_layers(teacher, student, image_shape, names=()):
     if len(sees) != 1 or len(sees[0]) != 3 or any(side not in (None, wanted)
                                                   for side, wanted in zip(sees[0], image_shape)):
         raise ValueError(f"the teacher sees inputs of {', '.join(map(str, sees))}, the images are {tuple(image_shape)}")
-    layers = {layer.name: layer for layer in teacher.layers if len(layer.output.shape) == 4}
+    # What stands before the first layer that learns is the image, scaled or repeated.
+    first = next((i for i, layer in enumerate(teacher.layers) if layer.trainable_weights), 0)
+    layers = {layer.name: layer for layer in teacher.layers[first:] if len(getattr(layer.output, "shape", ())) == 4}
     if names:
         if len(names) != 4 or not {*names} <= {*layers}:
             raise ValueError(f"the teacher's layers, one for each stage, must be four of {', '.join(layers)}; they are "
                              f"{', '.join(names)}")
         return {f"stage{number}": layers[name] for number, name in enumerate(names, 1)}
-    image = ops.zeros((1, *image_shape))
+    image, matched = ops.zeros((1, *image_shape)), {}
     with torch.no_grad():
-        outputs = keras.Model(teacher.inputs, {name: layer.output for name, layer in layers.items()})(image, training=False)
-        resolutions = {tuple(x.shape[1:3]): layers[name] for name, x in outputs.items()}  # the last one stays
-        matched = {stage: resolutions.get(tuple(x.shape[1:3])) for stage, x in student.stage_outputs(image).items()}
-    matched = {stage: layer for stage, layer in matched.items() if layer is not None}
+        try:
+            outputs = keras.Model(teacher.inputs, {name: layer.output for name, layer in layers.items()})(image)
+        except RuntimeError as error:
+            raise ValueError(f"the teacher cannot see images of {tuple(image_shape)}: {error}") from error
+        for stage, output in student.stage_outputs(image).items():
+            fitting = [name for name, x in outputs.items() if x.shape[1:3] == output.shape[1:3]]
+            if fitting:
+                matched[stage] = layers[stage if stage in fitting else fitting[-1]]
     if not matched:
         raise ValueError(f"no layer of the teacher has the resolution of a stage: name four of {', '.join(layers)}")
     return matched
@@ -528,23 +504,23 @@ def standardize(x):
     return (x - mean) * ops.rsqrt(variance + 1e-6)
 
 
-@keras.saving.register_keras_serializable("inrn")
 class Distiller(keras.Model):
     """Trains a student, INRN or without a teacher any Keras classifier, and is saved as the student alone.
 
     lambda_1 CE + lambda_2 sum over stages of MSE(1×1 convolution of O_s, standardized O_t) (equations 3 and 4), and, if
     logits_weight is above 0, the divergence from the teacher's probabilities at a temperature (Hinton et al., 2015).
 
-    teacher: a functional Keras classifier of images_shape (H, W, C), whose weights stay as they are, or, with
-    logits_weight 0, one without a classifier; None: cross entropy alone. layers: see `match_layers`, whose ValueError
-    passes through; another one is raised for a teacher of other classes. Resolutions that differ are interpolated.
+    teacher: a functional or sequential Keras classifier of images of image_shape (H, W, C) in [-1, 1], returning logits
+    or probabilities, whose weights stay as they are; with logits_weight 0 it may lack the classifier; None: cross entropy
+    alone. layers: see `match_layers`, whose ValueError passes through; another one is raised for a teacher of other
+    classes. Resolutions that differ are interpolated.
 
     Metrics: loss, the whole in training, the cross entropy in evaluation; accuracy; distillation, all but the cross
     entropy, where there is a teacher.
     """
 
-    def __init__(self, student, teacher=None, image_shape=None, num_classes=None, layers=(), task_weight=1.0,
-                 feature_weight=1.0, logits_weight=0.0, temperature=4.0, **kwargs):
+    def __init__(self, student, teacher=None, image_shape=None, layers=(), task_weight=1.0, feature_weight=1.0,
+                 logits_weight=0.0, temperature=4.0, **kwargs):
         super().__init__(**kwargs)
         self.student, self.alignment, self.teach = student, [], None
         self.task_weight, self.feature_weight, self.logits_weight = task_weight, feature_weight, logits_weight
@@ -552,23 +528,27 @@ class Distiller(keras.Model):
         if teacher is not None:
             matched = match_layers(teacher, student, image_shape, layers)
             if len(teacher.outputs) != 1 or len(teacher.outputs[0].shape) not in (2, 4):
-                raise ValueError("the teacher must have one output, logits or probabilities")
-            if len(teacher.outputs[0].shape) == 2 and teacher.outputs[0].shape[-1] != num_classes:
-                raise ValueError(f"the teacher knows {teacher.outputs[0].shape[-1]} classes, the dataset has "
-                                 f"{num_classes}")
+                raise ValueError("the teacher must have one output: logits, probabilities or features")
+            known, wanted = teacher.outputs[0].shape[-1], student.config["num_classes"]
+            if len(teacher.outputs[0].shape) == 2 and known != wanted:
+                raise ValueError(f"the teacher knows {known} classes, the dataset has {wanted}")
             if len(teacher.outputs[0].shape) == 4 and logits_weight:
                 raise ValueError("this teacher has no logits: leave logits_weight at 0")
-            widths = dict(zip(("stage1", "stage2", "stage3", "stage4"), numbers(student.config["widths"], "widths")))
-            self.matched = [*matched]
-            self.alignment = [convolution(widths[stage], layer.output.shape[-1], 1, dtype=student.dtype_policy)
-                              for stage, layer in matched.items()]
             features = keras.Model(teacher.inputs, [*(layer.output for layer in matched.values()), *teacher.outputs])
 
             def teach(images):  # a function, so that Keras does not take the teacher for a part of this model
                 with torch.no_grad():
-                    *outputs, logits = features(images, training=False)
-                return outputs, logits
-            self.teach = teach
+                    return features(images, training=False)
+
+            image = ops.zeros((1, *image_shape))
+            *outputs, taught = teach(image)
+            with torch.no_grad():
+                widths = {stage: x.shape[-1] for stage, x in student.stage_outputs(image).items()}
+            self.teach, self.matched = teach, [*matched]
+            self.alignment = [convolution(widths[stage], x.shape[-1], 1, dtype=student.dtype_policy)
+                              for stage, x in zip(matched, outputs)]
+            # Most Keras classifiers return probabilities, whose logarithms are logits.
+            self.probabilities = bool(ops.all(taught >= 0)) and abs(float(ops.sum(taught)) - 1) < 0.02
             # With its default, the loss's name, Keras 3.15 leaves the softmax out.
             self.divergence = keras.distillation.LogitsDistillation(temperature, keras.losses.KLDivergence())
             self.trackers.append(keras.metrics.Mean(name="distillation"))
@@ -577,15 +557,13 @@ class Distiller(keras.Model):
     def call(self, images, training=False):
         return self.student(images, training=training)
 
-    def compile(self, total_steps, rate=1e-3, weight_decay=0.05, jit_compile=False):
+    def compile(self, total_steps, rate=1e-3, weight_decay=0.05):
         """AdamW for the student, and one for the alignment, over total_steps training steps: epochs times batches.
 
         The rate rises for 5 % of the steps and falls to 0; gradients are clipped to norm 1; biases and normalization do
-        not decay. Compiles the student too, so that once saved and loaded it can be evaluated and trained. Raises
-        ValueError for jit_compile, which is slower than what it compiles for minutes.
+        not decay. Compiles the student too, so that once saved and loaded it can be evaluated, and trained on with the
+        same optimizer, whose decay then spares nothing.
         """
-        if jit_compile:
-            raise ValueError("inrn has no part that is worth compiling: leave --compile out")
         super().compile(optimizer=None, jit_compile=False)
         warm = total_steps // 20
         self.optimizers = []
@@ -606,7 +584,7 @@ class Distiller(keras.Model):
 
     def distillation(self, images, outputs, logits):
         """What is added to the cross entropy: a scalar. outputs: of the student's stages, by name; logits: its own."""
-        features, teacher_logits = self.teach(images)
+        *features, taught = self.teach(images)
         total = 0.0
         for stage, align, feature in zip(self.matched, self.alignment, features):
             aligned, target = ops.cast(align(outputs[stage]), "float32"), standardize(feature)
@@ -614,7 +592,9 @@ class Distiller(keras.Model):
                 aligned = ops.image.resize(aligned, target.shape[1:3], data_format="channels_last")
             total = total + self.feature_weight * ops.mean(ops.square(aligned - target))
         if self.logits_weight:
-            total = total + self.logits_weight * self.divergence.compute_loss(as_logits(teacher_logits), logits)
+            taught = ops.cast(taught, "float32")
+            taught = ops.log(ops.maximum(taught, 1e-7)) if self.probabilities else taught
+            total = total + self.logits_weight * self.divergence.compute_loss(taught, logits)
         return total
 
     def train_step(self, data):
@@ -657,10 +637,3 @@ class Distiller(keras.Model):
     def save(self, *arguments, **options):
         """Saves the student alone: as `keras.Model.save`."""
         self.student.save(*arguments, **options)
-
-
-def as_logits(outputs):
-    """Logits (N, num_classes) from logits or from probabilities, which most Keras classifiers return."""
-    if bool(ops.all(outputs >= 0)) and bool(ops.all(ops.abs(ops.sum(outputs, axis=-1) - 1) < 1e-3)):
-        return ops.log(ops.maximum(outputs, 1e-7))
-    return outputs

@@ -980,7 +980,7 @@ def plain_ssim(a, b):
     for i in range(a.shape[0] - 10):
         for j in range(a.shape[1] - 10):
             for c in range(a.shape[2]):
-                x, y = a[i:i + 11, j:j + 11, c].astype(np.float64), b[i:i + 11, j:j + 11, c].astype(np.float64)
+                x, y = (picture[i:i + 11, j:j + 11, c].astype(np.float64) + 1 for picture in (a, b))
                 mx, my = (window * x).sum(), (window * y).sum()
                 vx, vy, cov = ((window * p).sum() - q for p, q in ((x * x, mx * mx), (y * y, my * my), (x * y, mx * my)))
                 values.append((2 * mx * my + 4e-4) * (2 * cov + 36e-4) / ((mx**2 + my**2 + 4e-4) * (vx + vy + 36e-4)))
@@ -993,9 +993,9 @@ def test_the_fitting_loss_is_equation_1():
     squared = ((a - b) ** 2).mean((1, 2, 3)).numpy()
     ssim = np.array([plain_ssim(*pair) for pair in zip(a.numpy(), b.numpy())])
     for alpha in (0.0, 0.3, 1.0):
-        loss = inrn.fitting_loss(a, b, alpha).numpy()
+        loss = inrn.fitting_loss(a, b, alpha)[0].numpy()
         np.testing.assert_allclose(loss, alpha * squared + (1 - alpha) * (1 - ssim), rtol=1e-3)
-        np.testing.assert_allclose(inrn.fitting_loss(a, a, alpha).numpy(), 0, atol=1e-6)
+        np.testing.assert_allclose(inrn.fitting_loss(a, a, alpha)[0].numpy(), 0, atol=1e-6)
     assert inrn.similarity(a[:, :5, :8], a[:, :5, :8]).numpy() == pytest.approx(1, abs=1e-5)  # smaller than a window
 
 
@@ -1022,11 +1022,11 @@ def test_the_networks_of_a_fit_equal_plain_pytorch(time):
         if name == "siren":
             *sines, last = model.network
             for layer in sines:
-                x = torch.sin(30 * plain_dense(layer.dense, x))
+                x = torch.sin(30 * plain_dense(layer, x))
             expected = plain_dense(last, x)
         else:
             features, first, *middle, last = model.network
-            angles = x @ torch.cat([part.value for part in features.parts])
+            angles = (x * torch.tensor([15.0, 15.0, 3.0][:x.shape[-1]])) @ features.directions.value
             x = plain_dense(first, torch.cat([angles.sin(), angles.cos()], -1))
             x = x.relu() if name == "relu" else x
             for layer in middle:
@@ -1053,8 +1053,10 @@ def test_compared_networks_have_as_many_parameters_as_fit():
             width = model.network[-1].kernel.shape[0]
             sizes = [(inputs + 1) * w + 3 * (w + 1) * w + 3 * (w + 1) + fixed for w in (width, width + 1)]
             assert sizes[0] == model.count_params() and sizes[1] > count
+    with pytest.raises(ValueError, match="larger width"):
+        inrn.PictureFit("relu", width=1, blocks=1)
     siren = inrn.PictureFit("siren").network
-    for layer, limit in ((siren[0].dense, 1 / 2), (siren[1].dense, math.sqrt(6 / siren[1].dense.kernel.shape[0]) / 30)):
+    for layer, limit in ((siren[0], 1 / 2), (siren[1], math.sqrt(6 / siren[1].kernel.shape[0]) / 30)):
         assert 0.98 * limit < layer.kernel.value.abs().max() <= limit
 
 
@@ -1115,7 +1117,7 @@ def tiny_teacher(classes=10, size=16, softmax=False):
 def test_the_distillation_loss_equals_plain_pytorch(softmax):
     images, labels = random_batch(6, 16)
     student, teacher = tiny_inrn(), tiny_teacher(softmax=softmax)
-    distiller = stirred(inrn.Distiller(student, teacher, (16, 16, 1), 10, task_weight=0.8, feature_weight=0.5,
+    distiller = stirred(inrn.Distiller(student, teacher, (16, 16, 1), task_weight=0.8, feature_weight=0.5,
                                        logits_weight=0.25, temperature=3.0))
     distiller.compile(total_steps=10)
     before = teacher.get_weights()
@@ -1144,7 +1146,7 @@ def test_the_distillation_loss_equals_plain_pytorch(softmax):
 def test_the_teacher_reaches_every_stage_and_is_no_part_of_the_student(tmp_path):
     images, labels = random_batch(6, 16)
     student, teacher = tiny_inrn(), tiny_teacher()
-    distiller = inrn.Distiller(student, teacher, (16, 16, 1), 10, task_weight=0.0)
+    distiller = inrn.Distiller(student, teacher, (16, 16, 1), task_weight=0.0)
     distiller.compile(total_steps=10)
     distiller.train_step((images, labels))
     learning = {id(variable): variable.value.grad for variable in distiller.trainable_variables}
@@ -1223,7 +1225,7 @@ def test_layers_to_learn_from_are_matched_by_resolution_or_name():
     matched = inrn.match_layers(teacher, student, (16, 16, 1), names)
     assert [layer.name for layer in matched.values()] == names
     images, labels = random_batch(2, 16)
-    distiller = inrn.Distiller(student, teacher, (16, 16, 1), 10, layers=names)  # resolutions that differ
+    distiller = inrn.Distiller(student, teacher, (16, 16, 1), layers=names)  # resolutions that differ
     distiller.compile(total_steps=3)
     assert math.isfinite(distiller.train_step((images, labels))["loss"])
     odd = keras.Sequential([keras.Input((16, 16, 1)), keras.layers.Conv2D(3, 14), keras.layers.Flatten(),
@@ -1235,7 +1237,7 @@ def test_layers_to_learn_from_are_matched_by_resolution_or_name():
         with pytest.raises(ValueError, match=hint):
             inrn.match_layers(model, student, *arguments)
     with pytest.raises(ValueError, match="10 classes, the dataset has 7"):
-        inrn.Distiller(tiny_inrn(classes=7), teacher, (16, 16, 1), 7)
+        inrn.Distiller(tiny_inrn(classes=7), teacher, (16, 16, 1))
 
 
 def test_resnet101_sees_images_as_it_was_trained():
@@ -1247,9 +1249,9 @@ def test_resnet101_sees_images_as_it_was_trained():
     student = tiny_inrn(stem_stride=4)
     assert [layer.output.shape[1:3] for layer in inrn.match_layers(teacher, student, (32, 32, 1)).values()] == [
         (8, 8), (4, 4), (2, 2), (1, 1)]
-    inrn.Distiller(student, teacher, (32, 32, 1), 10)  # it has no classes of its own
+    inrn.Distiller(student, teacher, (32, 32, 1))  # it has no classes of its own
     with pytest.raises(ValueError, match="logits_weight at 0"):
-        inrn.Distiller(student, teacher, (32, 32, 1), 10, logits_weight=1.0)
+        inrn.Distiller(student, teacher, (32, 32, 1), logits_weight=1.0)
 
 
 def test_resnet101_without_a_network(tmp_path, monkeypatch, capsys):
@@ -1268,7 +1270,7 @@ def test_inrn_in_mixed_precision():
     student = tiny_inrn(dtype="mixed_bfloat16")
     images, labels = random_batch(4, 16)
     assert student.stage_outputs(images)["stage2"].dtype == torch.bfloat16 and student(images).dtype == torch.float32
-    distiller = inrn.Distiller(student, tiny_teacher(), (16, 16, 1), 10)
+    distiller = inrn.Distiller(student, tiny_teacher(), (16, 16, 1))
     distiller.compile(total_steps=3)
     assert math.isfinite(distiller.train_step((images, labels))["loss"])
 
@@ -1382,6 +1384,30 @@ def test_batches_order():
     assert np.concatenate([ordered[index][1] for index in range(len(ordered))]).tolist() == list(range(50))
 
 
+def test_a_drawn_video_pans_over_a_mosaic_of_shapes():
+    mosaic = data.shapes_mosaic(64, seed=2)
+    tiles = data.shapes(range(16), 16, channels=3, seed=2)[0]
+    for i in range(16):
+        assert np.array_equal(mosaic[i // 4 * 16:i // 4 * 16 + 16, i % 4 * 16:i % 4 * 16 + 16], tiles[i])
+    frames = data.shapes_video(16, 5, seed=2)
+    places = [[(i, j) for i in range(49) for j in range(49) if np.array_equal(mosaic[i:i + 16, j:j + 16], frame)]
+              for frame in frames]
+    assert frames.shape == (5, 16, 16, 3) and all(len(place) == 1 for place in places) and len({*map(str, places)}) == 5
+
+
+def test_pictures_and_frames_are_read(tmp_path):
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    Image.fromarray(picture).save(tmp_path / "b.png")
+    Image.fromarray(255 - picture).save(tmp_path / "a.bmp")
+    (tmp_path / "c.txt").write_text("no picture")
+    assert np.array_equal(data.read_picture(tmp_path / "b.png", 100), picture)  # never scaled up
+    assert data.read_picture(tmp_path / "b.png", 15).shape == (10, 15, 3)
+    assert np.array_equal(data.read_frames(tmp_path, 30), [255 - picture, picture])
+    Image.fromarray(picture[:, :, 0]).save(tmp_path / "grey.png")
+    assert np.array_equal(data.read_picture(tmp_path / "grey.png", 30), picture[:, :, :1].repeat(3, -1))
+
+
 @pytest.mark.parametrize("flip", [False, True])
 def test_augmentation_shifts_over_the_reflection(flip):
     images = np.random.default_rng(0).normal(size=(64, 9, 11, 3)).astype("float32")
@@ -1468,6 +1494,130 @@ def test_a_whole_run_of_hyperinr(tmp_path, capsys, experiment):
         assert f"{operation}: {figures['psnr']:.2f} dB" in output and 0 < figures["psnr"] < 40
 
 
+def test_a_whole_run_of_inrn(tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert train.main([*TINY_INRN, "--run-dir", str(folder)]) == 0
+    assert capsys.readouterr().out.strip().endswith(str(folder))
+    assert {str(path.relative_to(folder)) for path in folder.rglob("*")} == {
+        "config.json", "history.csv", "model.keras", "results.json", "stages.png", "curves.png", "teacher",
+        "teacher/history.csv", "teacher/model.keras"}
+    config, results = (json.loads((folder / name).read_text()) for name in ("config.json", "results.json"))
+    assert config["teacher"] == "train" and config["widths"] == "8,8,12,16"
+    assert len((folder / "history.csv").read_text().splitlines()) == 3
+    assert len((folder / "teacher" / "history.csv").read_text().splitlines()) == 2
+    dataset, model = data.load("shapes"), keras.saving.load_model(folder / "model.keras")
+    labels = model.predict(data.scale(dataset.test_images), verbose=0).argmax(-1)
+    assert results["test_accuracy"] == pytest.approx((labels == dataset.test_labels).mean(), abs=1e-6)
+    assert results["parameters"] == model.count_params() == inrn_parameters("8,8,12,16", "1,1,2,1", 2, 2.0, 1, 10)
+    teacher = keras.saving.load_model(folder / "teacher" / "model.keras")
+    assert teacher.predict(data.scale(dataset.test_images[:3]), verbose=0).shape == (3, 10)
+    assert teacher.get_layer("stage4").output.shape == (None, 2, 2, 128)
+
+
+def test_teachers_from_files(tmp_path, capsys):
+    tiny_teacher(size=28).save(tmp_path / "teacher.keras")
+    assert train.main([*TINY_INRN, "--teacher", str(tmp_path / "teacher.keras"), "--run-dir", str(tmp_path / "run"),
+                       "--logits-weight", "1", "--teacher-layers", "stage2,stage2,stage3,stage4"]) == 0
+    assert not (tmp_path / "run" / "teacher").exists() and "distillation" in (tmp_path / "run/history.csv").read_text()
+    tiny_teacher(classes=7, size=28).save(tmp_path / "seven.keras")
+    tiny_teacher(size=16).save(tmp_path / "small.keras")
+    inrn.INRN().save(tmp_path / "inrn.keras")
+    (tmp_path / "text.keras").write_text("no model")
+    capsys.readouterr()
+    for name, hint in (("seven", "7 classes, the dataset has 10"), ("small", "the images are (28, 28, 1)"),
+                       ("inrn", "functional or sequential"), ("text", "text.keras"), ("missing", "missing.keras")):
+        with pytest.raises(SystemExit) as stopped:
+            train.main([*TINY_INRN, "--teacher", str(tmp_path / f"{name}.keras"), "--run-dir", str(tmp_path / "bad")])
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2 and hint in error and error.count("\n") == 1
+    assert not (tmp_path / "bad").exists()
+
+
+def test_fitting_a_picture_from_a_file(tmp_path, capsys):
+    picture = np.random.default_rng(0).integers(0, 256, (18, 30, 4), dtype=np.uint8)
+    picture[..., 3] = 255
+    Image.fromarray(picture).save(tmp_path / "photo.png")
+    assert train.main([*TINY_FIT, "--image", str(tmp_path / "photo.png"), "--image-size", "15", "--run-dir",
+                       str(tmp_path / "run")]) == 0
+    folder, lines = tmp_path / "run", capsys.readouterr().out
+    assert {str(path.relative_to(folder)) for path in folder.rglob("*")} == {
+        "config.json", "history.csv", "model.keras", "results.json", "fit.png", "curves.png", "siren", "relu",
+        "siren/history.csv", "siren/model.keras", "relu/history.csv", "relu/model.keras"}
+    assert json.loads((folder / "config.json").read_text())["image_shape"] == [9, 15, 3] and "photo" in lines
+    results, truth = json.loads((folder / "results.json").read_text()), data.read_picture(tmp_path / "photo.png", 15)
+    for network in ("inrn", "siren", "relu"):
+        model = keras.saving.load_model(folder / ("" if network == "inrn" else network) / "model.keras")
+        squared = ((model.render([0.0], 9, 15)[0] - (truth / 127.5 - 1)) ** 2).mean()
+        assert results[network]["psnr"] == pytest.approx(10 * math.log10(4 / squared), abs=1e-3)
+        assert results[network]["parameters"] == model.count_params() and -1 <= results[network]["ssim"] <= 1
+    with pytest.raises(SystemExit):
+        train.main(["--predict", str(folder), str(tmp_path / "photo.png")])
+    assert "knows no classes" in capsys.readouterr().err
+
+
+def test_fitting_a_video_from_a_folder(tmp_path, capsys):
+    frames = data.shapes_video(12, 3)
+    (tmp_path / "frames").mkdir()
+    for i in (2, 0, 1):
+        Image.fromarray(frames[i]).save(tmp_path / "frames" / f"{i}.png")
+    (tmp_path / "frames" / "notes.txt").write_text("not a frame")
+    assert train.main([*TINY_FIT, "--frames", str(tmp_path / "frames"), "--alone", "--steps", "200", "--run-dir",
+                       str(tmp_path / "run")]) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert not (tmp_path / "run" / "siren").exists() and "siren" not in results
+    model = keras.saving.load_model(tmp_path / "run" / "model.keras")
+    distances = ((model.render([-1.0, 0.0, 1.0], 12, 12)[:, None] - data.scale(frames)[None]) ** 2).mean((2, 3, 4))
+    assert (distances.argmin(1) == range(3)).all()  # each time shows its frame
+    Image.fromarray(frames[0][:10]).save(tmp_path / "frames" / "3.png")
+    (tmp_path / "other").mkdir()
+    for folder, hint in (("frames", "12×10"), ("other", "no image files")):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            train.main([*TINY_FIT, "--frames", str(tmp_path / folder), "--run-dir", str(tmp_path / "bad")])
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2 and hint in error and error.count("\n") == 1
+    assert not (tmp_path / "bad").exists()
+
+
+@pytest.mark.parametrize("which", inrn.ABLATIONS)
+def test_ablations_go_on_where_they_stopped(tmp_path, capsys, monkeypatch, which):
+    folder, parts = tmp_path / "run", []
+    complete = train.complete
+
+    def stop_in_the_second(options, part, *arguments):
+        parts.append(part)
+        if len(parts) == 2:
+            raise KeyboardInterrupt
+        return complete(options, part, *arguments)
+
+    monkeypatch.setattr(train, "complete", stop_in_the_second)
+    tiny = TINY_FIT[4:] if which == "architecture" else [*TINY_INRN[2:], "--epochs", "1"]
+    if which == "stages":
+        tiny = [option for option in tiny if option not in ("--blocks", "1,1,2,1")]
+    assert train.main(["--method", "inrn", "--ablate", which, *tiny, "--run-dir", str(folder)]) == 130
+    first = (parts[0] / "results.json").stat().st_mtime_ns
+    assert train.main(["--resume", str(folder)]) == 0
+    variants = inrn.ABLATIONS[which]
+    assert len(set(parts)) == 2 * len(variants) and len(parts) == len(set(parts)) + 1
+    assert (parts[0] / "results.json").stat().st_mtime_ns == first
+    rows = list(csv.DictReader((folder / "table.csv").open(newline="")))
+    value = "psnr" if which == "architecture" else "accuracy"
+    assert [row[which] for row in rows] == [", ".join(f"{k} {v}" for k, v in variant.items()) for variant in variants]
+    for row, variant in zip(rows, variants):
+        found = [json.loads((folder / f"{row[which].replace(', ', '-').replace(' ', '-')}-{seed}" /
+                             "results.json").read_text()) for seed in (0, 1)]
+        found = [result["inrn"]["psnr"] if value == "psnr" else 100 * result["test_accuracy"] for result in found]
+        assert float(row[value]) == pytest.approx(np.mean(found), abs=0.006)
+        assert float(row["spread"]) == pytest.approx(np.std(found, ddof=1), abs=0.006)
+        config = json.loads((folder / f"{row[which].replace(', ', '-').replace(' ', '-')}-1" / "config.json").read_text())
+        assert config["seed"] == 1 and {**config, **variant} == config
+    assert (folder / "table.png").read_bytes()[:4] == b"\x89PNG" and "finished" not in capsys.readouterr().out
+    assert train.main(["--resume", str(folder)]) == 0 and "finished" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        train.main(["--evaluate", str(folder)])
+    assert "holds an ablation" in capsys.readouterr().err
+
+
 def test_a_run_on_a_tfds_dataset(dummy_mnist, tmp_path):
     assert train.main(["--dataset", "dummy_mnist", "--data-dir", str(dummy_mnist / "array_record"), "--run-dir",
                        str(tmp_path / "run"), *TINY, "--validation-images", "0", "--precision", "mixed_bfloat16",
@@ -1539,7 +1689,9 @@ BAD_OPTIONS = [
         (["--task", "fit", "--image", "no/such.png"], "no/such.png"), (["--task", "fit", "--image", __file__], "image"),
         (["--task", "fit", "--frames", "no/such"], "No such"), (["--task", "fit", "--frames", str(HERE)], "no image"),
         (["--task", "fit", "--image", "a.png", "--frames", "b"], "not allowed with"),
-        (["--task", "fit", "--width", "0"], "from 1 up"), (["--seeds", "0"], "from 1 up"),
+        (["--ablate", "stages", "--blocks", "1,1,1,1"], "itself"), (["--ablate", "activation", "--limit", "9"], "--limit"),
+        (["--task", "fit", "--precision", "mixed_bfloat16"], "float32"), (["--ablate", "stages", "--widths", "1"], "four"),
+        (["--task", "fit", "--width", "0"], "from 1 up"), (["--task", "fit", "--dataset", "mnist"], "--dataset"), (["--seeds", "0"], "from 1 up"),
     ]],
 ]
 
@@ -1617,6 +1769,29 @@ def test_benchmark_of_hyperinr(capsys):
                                 for block, i in enumerate((8, 16, 32))) + 4 * 64 * 64
     expected = 2 * 16 * 3 * (siren + hyper + encoder + 64 * 74) / 1e9
     assert 0.9 * expected < figures["gflop_per_step"] <= 1.02 * expected
+
+
+def test_benchmark_of_inrn(capsys):
+    assert train.main(["--method", "inrn", "--benchmark", "--batch-size", "128", "--widths", "32,64,64,64", "--blocks",
+                       "1,1,2,1", "--image-size", "16", "--teacher", "none"]) == 0
+    figures = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    # As above, with the places that a kernel is used at; the dense layer before a stride sees four times as many.
+    expected = 9 * 32 * 64 + 64 * (2 * 32 * 16 + 9 * 16**2) + 64 * 10
+    for before, width, at, blocks in ((32, 64, 16, 1), (64, 64, 4, 2), (64, 64, 1, 1)):
+        expected += 4 * at * before * width // 2 + at * (9 * width**2 // 4 + width**2 // 2 + 9 * before * width)
+        expected += (blocks - 1) * at * (width**2 + 9 * width**2 // 4)
+    expected = 2 * 128 * 3 * expected / 1e9
+    assert 0.9 * expected < figures["gflop_per_step"] <= 1.02 * expected
+    assert train.main(["--method", "inrn", "--benchmark", "--batch-size", "128", "--widths", "32,64,64,64", "--blocks",
+                       "1,1,2,1", "--image-size", "16"]) == 0  # with the teacher's forward pass
+    taught = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    teacher = 64 * (9 * 32 + 2 * 9 * 32**2) + sum(at * (10 * i * o + 9 * o * o) for at, i, o in (
+        (16, 32, 64), (4, 64, 128), (1, 128, 128))) + 1280
+    align = 3 * (64 * 32**2 + 16 * 64**2 + 4 * 64 * 128 + 64 * 128)
+    added = 2 * 128 * (teacher + align) / 1e9
+    assert taught["gflop_per_step"] - figures["gflop_per_step"] == pytest.approx(added, rel=0.1)
+    assert train.main(["--benchmark", *TINY_FIT]) == 0
+    assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["gflop_per_step"] >= 0
 
 
 # ---- A run survives ----

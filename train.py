@@ -160,7 +160,7 @@ def parse(arguments):
         options.run_dir = folder
     options.part_of = None
     if options.method == "inrn":
-        complete_inrn_options(options)
+        complete_inrn_options(options, given)
     return options, method, {name: given.get(name, value) for name, value in hyperparameters.items()}
 
 
@@ -178,24 +178,34 @@ def add_inrn_options(parser, method):
     group.add_argument("--alone", action="store_true", help="fit INRN without a SIREN and a ReLU MLP beside it")
     group.add_argument("--teacher", type=lambda text: text if text in ("train", "none", "resnet101") else
                        os.path.abspath(text), help="train: a small residual CNN, first, on the same images (default, but "
-                       "for --ablate); none; resnet101: of ImageNet, downloaded; or a Keras classifier's .keras file")
+                       "in most ablations none); none; resnet101: of ImageNet, downloaded; or the .keras file of a Keras "
+                       "classifier of images in [-1, 1]")
     group.add_argument("--teacher-layers", default="", metavar="A,B,C,D", help="the teacher's layers that the four "
                        "stages learn from (default: by resolution)")
     group.add_argument("--ablate", choices=method.ABLATIONS, help="train variants, --seeds times each, and compare them")
     group.add_argument("--seeds", type=at_least(1), default=2, help="of each variant, from --seed up (default: 2)")
 
 
-def complete_inrn_options(options):
-    """Sets what follows from other options, and refuses what contradicts them."""
+def complete_inrn_options(options, given):
+    """Sets what follows from other options, and refuses what contradicts them. given: those of the command line."""
     if options.ablate == "architecture":  # the paper's table is of a video
         options.task = "fit"
         options.frames = options.frames or (None if options.image else "shapes")
     if options.task == "fit" and (options.teacher or options.ablate in ("stages", "distillation")):
         refuse("a fit has neither stages nor a teacher: leave --task fit out")
+    if options.compile or options.task == "fit" and options.precision != "float32":
+        refuse("inrn has no INR apart from its layers to compile, and fits in float32: leave --compile, or in a fit "
+               "--precision, out")
+    variants = importlib.import_module("inrn").ABLATIONS.get(options.ablate, [])
+    for name in sorted({name for variant in variants for name in variant} & {*given} - {"teacher"}):
+        refuse(f"--ablate {options.ablate} chooses --{name.replace('_', '-')} itself: leave it out")
+    for name in ("dataset", "limit", "validation_images", "augment") if options.task == "fit" else ():
+        if name in given:
+            refuse(f"a fit has no use for --{name.replace('_', '-')}: leave it out")
     if options.task != "fit" and (options.image or options.frames or options.alone):
         refuse("--image, --frames and --alone want --task fit")
     if options.teacher is None and options.task != "fit":
-        options.teacher = "none" if options.ablate else "train"
+        options.teacher = "none" if options.ablate and options.ablate != "distillation" else "train"
 
 
 def read_config(folder):
@@ -214,29 +224,35 @@ def read_config(folder):
 # ---- Training ----
 
 
+def prepare(options):
+    """Sets the seeds and the precision of the model that is built next."""
+    for seed in (random.seed, np.random.seed, torch.manual_seed):  # Keras's function would import TensorFlow
+        seed(options.seed)
+    keras.config.set_dtype_policy(options.precision)
+
+
 def build_model(options, method, hyperparameters, total_steps, teacher=None, **known):
     """The method's model, compiled. hyperparameters, and what is known about the images, go to its constructor or to its
     `compile`, as their names say. known: image_shape (H, W, C) and num_classes; of a fit, network and time.
 
     Where there is a `Distiller` the model is the one that trains the student, with the teacher or without.
     """
-    available = {**hyperparameters, **known}
+    available = {**hyperparameters, **known, "total_steps": total_steps, "jit_compile": options.compile}
     if "image_shape" in known:
         available |= {"image_size": known["image_shape"][0], "channels": known["image_shape"][-1]}
+
+    prepare(options)
 
     def accepted_by(function):
         names = inspect.signature(function).parameters
         return {name: value for name, value in available.items() if name in names}
-    for seed in (random.seed, np.random.seed, torch.manual_seed):  # Keras's function would import TensorFlow
-        seed(options.seed)
-    keras.config.set_dtype_policy(options.precision)
     model_class = method.PictureFit if "network" in known else getattr(method, METHODS[options.method])
     try:
         model = model_class(**accepted_by(model_class.__init__))
-        if model_class.__name__ == "INRN":
+        if hasattr(model, "stage_outputs"):
             names = [name for name in options.teacher_layers.split(",") if name]
             model = method.Distiller(model, teacher, layers=names, **accepted_by(method.Distiller.__init__))
-        model.compile(total_steps=total_steps, jit_compile=options.compile, **accepted_by(model.compile))
+        model.compile(**accepted_by(model.compile))
     except ValueError as error:
         refuse(error)
     return model
@@ -387,6 +403,7 @@ class Run(keras.callbacks.Callback):
     def fit(self, epochs, validation):
         """Trains from where the run is to the end; raises Interrupted, Diverged, and OSError where saving fails."""
         if self.epoch == epochs:
+            self.write_files()  # those of the epoch before may still be there
             return
         if self.images is not None and not self.snapshots:
             self.snapshots.append(self.model.reconstruct(self.images))
@@ -594,6 +611,7 @@ def train(options, method, hyperparameters):
 def make_teacher(options, method, hyperparameters, image_shape, num_classes):
     """The model that --teacher asks for, with its weights, but for `train`; None for none and for other methods."""
     teacher = getattr(options, "teacher", "none")
+    prepare(options)
     try:
         if teacher == "none":
             return None
@@ -608,28 +626,33 @@ def make_teacher(options, method, hyperparameters, image_shape, num_classes):
                "resnet101 or the .keras file of a Keras classifier")
 
 
+def picture_name(options):
+    return pathlib.Path(options.frames or options.image or "shapes").stem
+
+
 def load_frames(options):
-    """The picture or video to fit: its name, and frames (T, H, W, 3), `uint8`."""
+    """The picture or video to fit: frames (T, H, W, 3), `uint8`."""
     size = options.image_size or 256
     try:
-        if options.frames:
-            return pathlib.Path(options.frames).name, (
-                data.shapes_video(options.image_size or 64, seed=options.seed) if options.frames == "shapes" else
-                data.read_frames(options.frames, size))
         if options.image:
-            return pathlib.Path(options.image).stem, data.read_picture(options.image, size)[None]
+            return data.read_picture(options.image, size)[None]
+        if options.frames and options.frames != "shapes":
+            return data.read_frames(options.frames, size)
     except data.DataError as error:
         refuse(error)
-    return "shapes", data.shapes_mosaic(size, seed=options.seed)[None]
+    if options.frames:
+        return data.shapes_video(options.image_size or 64, seed=options.seed)
+    return data.shapes_mosaic(size, seed=options.seed)[None]
 
 
 def fit(options, method, hyperparameters):
     """Fits a picture or a video, with a SIREN and a ReLU MLP beside it. Returns the exit status."""
-    name, frames = load_frames(options)
+    name = picture_name(options)
     folder = options.run_dir or pathlib.Path("runs", f"{options.method}-fit-{name}-{options.preset}-{options.seed}")
     with contextlib.ExitStack() as lock:
         if not open_run(options, folder, lock):
             return 0
+        frames = load_frames(options)
         times = times_of(frames)
         batch_size = min(hyperparameters["batch_size"], len(frames))
         copies = -(-20 * batch_size // len(frames))  # at least 20 steps in what counts as an epoch
@@ -640,7 +663,8 @@ def fit(options, method, hyperparameters):
                                        time=len(frames) > 1)
                   for network in fitted(options)}
         create_run(options, folder, lock, **hyperparameters, image_shape=frames.shape[1:])
-        print(f"{options.method} fits {name}, {len(frames)} of {frames.shape[1:]}; {device_name(models['inrn'])}")
+        print(f"{options.method} fits {name}, {len(frames)} of {frames.shape[1:]}, in {epochs * batches.steps} steps; "
+              f"{device_name(models['inrn'])}")
         runs = {network: Run(folder if network == "inrn" else folder / network, batches, options.save_every, None, model)
                 for network, model in models.items()}
         validation = data.Batches(frames, times, batch_size)
@@ -669,14 +693,15 @@ def fitted(options):
 
 def evaluate_fit(options, method, models, frames, path):
     """PSNR and SSIM of each network's frames, printed and returned; draws the first, the middle and the last frame."""
-    truth, results, pictures = data.scale(frames), {"task": "fit", "preset": options.preset}, {}
+    truth, pictures = data.scale(frames), {}
+    results = {"method": options.method, "task": "fit", "preset": options.preset, "device": device_name(models["inrn"])}
     for network, model in models.items():
         pictures[network] = model.render(times_of(frames), *frames.shape[1:3])
-        psnr = [float(keras.ops.psnr(*pair, 2.0)) for pair in zip(truth, pictures[network])]
-        ssim = keras.ops.convert_to_numpy(method.similarity(*map(keras.ops.convert_to_tensor, (
-            pictures[network], truth))))
-        results[network] = {"psnr": statistics.mean(psnr), "ssim": float(ssim.mean()),
-                            "parameters": model.count_params()}
+        pairs = [[keras.ops.convert_to_tensor(picture[None]) for picture in pair] for pair in zip(pictures[network], truth)]
+        results[network] = {  # JSON knows no infinity
+            "psnr": statistics.mean(min(100.0, float(keras.ops.psnr(*pair, 2.0))) for pair in pairs),
+            "ssim": statistics.mean(float(method.similarity(*pair)[0]) for pair in pairs),
+            "parameters": model.count_params()}
         print(f"{network}: {results[network]['psnr']:.2f} dB, SSIM {results[network]['ssim']:.4f}, "
               f"{results[network]['parameters']:,} parameters")
     rows = []
@@ -688,6 +713,19 @@ def evaluate_fit(options, method, models, frames, path):
         rows.append([(np.ones((1, 1)), "error\nwhite: 10 %")] + [(error / 0.1 - 1, "") for error in errors])
     draw_grid(rows, path)
     return results
+
+
+def run_variant(options, method, hyperparameters, variant, run_one, seed, folder):
+    """One run of an ablation, unless it is there. Returns the exit status."""
+    if (folder / "results.json").exists():
+        return 0
+    changes = {name: value for name, value in variant.items() if name not in hyperparameters}
+    if changes.get("teacher") == "train":
+        changes["teacher"] = options.teacher  # or another that was given
+    options = argparse.Namespace(**{
+        **vars(options), "ablate": None, "alone": options.task == "fit", "seed": seed, "run_dir": folder, **changes,
+        "resume": folder if (folder / "config.json").exists() else None, "part_of": folder.parent})
+    return run_one(options, method, {name: variant.get(name, value) for name, value in hyperparameters.items()})
 
 
 def ablate(options, method, hyperparameters):
@@ -702,22 +740,28 @@ def ablate(options, method, hyperparameters):
         variants = {", ".join(f"{name} {setting}" for name, setting in variant.items()): variant
                     for variant in method.ABLATIONS[options.ablate]}
         results = {label: [] for label in variants}
-        for seed in range(options.seed, options.seed + options.seeds):
-            for label, variant in variants.items():
-                part = folder / f"{label.replace(', ', '-').replace(' ', '-')}-{seed}"
-                if not (part / "results.json").exists():
-                    print(f"{label}, seed {seed}")
-                    changes = {name: variant[name] for name in variant if name not in hyperparameters}
-                    status = run_one(argparse.Namespace(**{
-                        **vars(options), "ablate": None, "alone": True, "seed": seed, "run_dir": part, **changes,
-                        "resume": part if (part / "config.json").exists() else None, "part_of": folder}),
-                        method, {**hyperparameters, **{name: variant[name] for name in variant if name not in changes}})
-                    if status:
-                        return status
-                result = json.loads((part / "results.json").read_text())
-                results[label].append(result["inrn"] if options.task == "fit" else {
-                    "parameters": result["parameters"], "accuracy": 100 * result["test_accuracy"],
-                    "seconds": result["seconds_per_epoch"] * hyperparameters["epochs"]})
+
+        def part(label, seed):
+            return folder / f"{label.replace(', ', '-').replace(' ', '-')}-{seed}"
+
+        try:
+            with signals_to([]):
+                for seed in range(options.seed, options.seed + options.seeds):
+                    for label, variant in variants.items():
+                        status = run_variant(options, method, hyperparameters, variant, run_one, seed, part(label, seed))
+                        if status:
+                            return status
+                        result = json.loads((part(label, seed) / "results.json").read_text())
+                        results[label].append(result["inrn"] if options.task == "fit" else {
+                            "parameters": result["parameters"], "accuracy": 100 * result["test_accuracy"],
+                            "seconds": result["seconds_per_epoch"] * hyperparameters["epochs"]})
+        except Interrupted as interruption:
+            print(f"\ntrain.py: interrupted; python train.py --resume {folder} goes on", file=sys.stderr)
+            return 128 + interruption.args[0]
+        except SystemExit:
+            if not any(folder.glob("*/config.json")):  # what was refused has left nothing to resume
+                shutil.rmtree(folder)
+            raise
         rows = [{options.ablate: label, "parameters": found[0]["parameters"],
                  value: round(statistics.mean(result[value] for result in found), 2),
                  "spread": round(statistics.stdev(result[value] for result in found), 2) if len(found) > 1 else 0.0,
@@ -858,7 +902,7 @@ def evaluate(options, method, hyperparameters):
     """A run's model on the test split of its dataset, or of another with as many classes; or a fit's figures again."""
     refuse_ablation(options, options.evaluate)
     if getattr(options, "task", "classify") == "fit":
-        name, frames = load_frames(options)
+        name, frames = picture_name(options), load_frames(options)
         models = {network: load_model(options.evaluate / ("" if network == "inrn" else network))
                   for network in fitted(options)}
 
