@@ -632,6 +632,7 @@ def picture_name(options):
 
 def load_frames(options):
     """The picture or video to fit: frames (T, H, W, 3), `uint8`."""
+    sys.modules.setdefault("tensorflow", None)  # see load_dataset
     size = options.image_size or 256
     try:
         if options.image:
