@@ -92,8 +92,7 @@ ABLATIONS = {
     "activation": [{"activation": activation} for activation in ("relu", "gelu")],                # section 3.1
     "stages": [{"blocks": blocks} for blocks in ("2,2,2,2", "1,2,4,1", "1,3,3,1")],               # Table 3
     "distillation": [{"teacher": "none"}, {"teacher": "train"},
-                     {"teacher": "train", "feature_weight": 0.0, "logits_weight": 1.0},
-                     {"teacher": "train", "logits_weight": 1.0}],
+                     {"teacher": "train", "feature_weight": 0.0, "logits_weight": 1.0}],
 }
 # ---- The block ----
 

@@ -1054,7 +1054,7 @@ def test_compared_networks_have_as_many_parameters_as_fit():
             sizes = [(inputs + 1) * w + 3 * (w + 1) * w + 3 * (w + 1) + fixed for w in (width, width + 1)]
             assert sizes[0] == model.count_params() and sizes[1] > count
     with pytest.raises(ValueError, match="larger width"):
-        inrn.PictureFit("relu", width=1, blocks=1)
+        inrn.PictureFit("relu", width=2, blocks=1)
     siren = inrn.PictureFit("siren").network
     for layer, limit in ((siren[0], 1 / 2), (siren[1], math.sqrt(6 / siren[1].kernel.shape[0]) / 30)):
         assert 0.98 * limit < layer.kernel.value.abs().max() <= limit
@@ -1587,18 +1587,21 @@ def test_ablations_go_on_where_they_stopped(tmp_path, capsys, monkeypatch, which
     def stop_in_the_second(options, part, *arguments):
         parts.append(part)
         if len(parts) == 2:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGTERM)
         return complete(options, part, *arguments)
 
     monkeypatch.setattr(train, "complete", stop_in_the_second)
     tiny = TINY_FIT[4:] if which == "architecture" else [*TINY_INRN[2:], "--epochs", "1"]
     if which == "stages":
         tiny = [option for option in tiny if option not in ("--blocks", "1,1,2,1")]
-    assert train.main(["--method", "inrn", "--ablate", which, *tiny, "--run-dir", str(folder)]) == 130
+    assert train.main(["--method", "inrn", "--ablate", which, *tiny, "--run-dir", str(folder)]) == 143
+    error = capsys.readouterr().err
+    assert f"--resume {folder} goes on" in error and error.strip().count("\n") == 0
     first = (parts[0] / "results.json").stat().st_mtime_ns
     assert train.main(["--resume", str(folder)]) == 0
     variants = inrn.ABLATIONS[which]
     assert len(set(parts)) == 2 * len(variants) and len(parts) == len(set(parts)) + 1
+    monkeypatch.setattr(train, "complete", complete)
     assert (parts[0] / "results.json").stat().st_mtime_ns == first
     rows = list(csv.DictReader((folder / "table.csv").open(newline="")))
     value = "psnr" if which == "architecture" else "accuracy"
@@ -1616,6 +1619,7 @@ def test_ablations_go_on_where_they_stopped(tmp_path, capsys, monkeypatch, which
     with pytest.raises(SystemExit):
         train.main(["--evaluate", str(folder)])
     assert "holds an ablation" in capsys.readouterr().err
+    assert train.main(["--evaluate", str(parts[0])]) == 0  # as the message says
 
 
 def test_a_run_on_a_tfds_dataset(dummy_mnist, tmp_path):
@@ -1864,6 +1868,27 @@ def kill_and_resume(folder, options, kills, rng):
 def test_a_killed_run_ends_like_one_that_was_not(uninterrupted, tmp_path, method):
     kill_and_resume(tmp_path / "run", RUNS[method], 3, np.random.default_rng(0))
     assert_same_run(tmp_path / "run", uninterrupted / method)
+
+
+def test_a_kill_between_the_last_state_and_the_files_that_follow(uninterrupted, tmp_path, monkeypatch, capsys):
+    write_files, folder = train.Run.write_files, tmp_path / "run"
+
+    def stop(self):
+        if self.epoch == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_files(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "write_files", stop)
+        assert train.main([*SURVIVORS["mwt"], "--run-dir", str(folder)]) == 1
+    assert len((folder / "history.csv").read_text().splitlines()) == 3
+    result = run_python("train.py", "--resume", folder)
+    assert result.returncode == 0, result.stderr
+    assert len((folder / "history.csv").read_text().splitlines()) == 4
+    results, model = json.loads((folder / "results.json").read_text()), keras.saving.load_model(folder / "model.keras")
+    dataset = data.load("shapes")
+    metrics = model.evaluate(data.scale(dataset.test_images), dataset.test_labels, verbose=0, return_dict=True)
+    assert results["test_accuracy"] == pytest.approx(metrics["accuracy"])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -995,7 +995,7 @@ def draw_stages(model, images, class_names, path):
     with torch.no_grad():
         outputs = model.stage_outputs(keras.ops.convert_to_tensor(images))
         labels = keras.ops.convert_to_numpy(model.classify(outputs["stage4"])).argmax(-1)
-    cells = [[(image, class_names[label])] for image, label in zip(images, labels)]
+    cells = [[(image, f"seen as\n{class_names[label]}")] for image, label in zip(images, labels)]
     for stage, output in outputs.items():
         strength = keras.ops.convert_to_numpy(keras.ops.cast(output, "float32") ** 2).mean(-1) ** 0.5    # (N, h, w)
         for row, picture in zip(cells, strength):
@@ -1030,13 +1030,13 @@ def draw_table(rows, path):
     """rows: dicts with the same keys, which become the heading."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(1.6 * len(rows[0]) + 1.5, 0.3 * len(rows) + 0.5), layout="constrained")
+    figure = Figure()
     axes = figure.subplots()
     axes.axis("off")
     table = axes.table([[f"{value:,}" if isinstance(value, int) else value for value in row.values()] for row in rows],
                        colLabels=[*rows[0]], loc="center", cellLoc="center")
     table.auto_set_column_width(range(len(rows[0])))
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=100, bbox_inches="tight")
 
 
 # ---- Benchmark ----
