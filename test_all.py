@@ -1579,7 +1579,22 @@ def test_fitting_a_video_from_a_folder(tmp_path, capsys):
     assert not (tmp_path / "bad").exists()
 
 
-@pytest.mark.parametrize("which", inrn.ABLATIONS)
+def test_every_variant_of_every_ablation_is_another_model():
+    for which, variants in inrn.ABLATIONS.items():
+        settings = [dict(variant) for variant in variants]
+        assert len({str(setting) for setting in settings}) == len(settings) >= 2
+        for variant in settings:
+            if which == "distillation":
+                assert variant.pop("teacher") in ("none", "train") and variant.keys() <= inrn.SMALL.keys()
+            elif which == "architecture":
+                inrn.PictureFit(time=True, **variant)
+            else:
+                arguments = arguments_of(inrn.INRN, {**inrn.PRESETS["quick"], **variant})
+                assert {**arguments, **variant} == arguments
+                inrn.INRN(**arguments)
+
+
+@pytest.mark.parametrize("which", ["architecture", "stages", "distillation"])
 def test_ablations_go_on_where_they_stopped(tmp_path, capsys, monkeypatch, which):
     folder, parts = tmp_path / "run", []
     complete = train.complete

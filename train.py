@@ -712,7 +712,7 @@ def evaluate_fit(options, method, models, frames, path):
             (picture, f"{network}\n{float(keras.ops.psnr(truth[i], picture, 2.0)):.1f} dB") for picture, network in shown])
         errors = [np.abs(picture - truth[i]).mean(-1) for picture, _ in shown]
         rows.append([(np.ones((1, 1)), "error\nwhite: 10 %")] + [(error / 0.1 - 1, "") for error in errors])
-    draw_grid(rows, path)
+    draw_grid(rows, path, inches=2.2)
     return results
 
 
@@ -967,11 +967,11 @@ def predict(options, method, hyperparameters):
 # ---- Pictures ----
 
 
-def draw_grid(cells, path):
-    """Rows of cells (picture, title); pictures are (H, W, C), or grey (H, W), in [-1, 1], of any size."""
+def draw_grid(cells, path, inches=1.3):
+    """Rows of cells (picture, title), that wide; pictures are (H, W, C), or grey (H, W), in [-1, 1], of any size."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(1.3 * len(cells[0]), 1.6 * len(cells)), layout="constrained")
+    figure = Figure(figsize=(inches * len(cells[0]), (inches + 0.3) * len(cells)), layout="constrained")
     for row, axes_row in zip(cells, figure.subplots(len(cells), len(cells[0]), squeeze=False)):
         for (picture, title), axes in zip(row, axes_row):
             picture = picture[..., 0] if picture.ndim == 3 and picture.shape[-1] == 1 else picture
