@@ -23,7 +23,7 @@ before them if it is below. In a row of blocks convolution, layer up and layer d
 order for every c. What speaks for it are the parameters of Table 2 (millions, flat and with coefficient c):
 
     size, c       paper             ours              ours, if c acted on the MLP alone
-    S, 0.5        2.5    2.86       2.50   2.86       2.50   2.86
+    S, 0.5        2.5    2.86       2.51   2.86       2.51   2.86
     M, 2          14     5.7        14.1   5.7        14.1   12.4
     L, 2          57     21         57.0   20.9       57.0   49.4
 
@@ -61,6 +61,7 @@ SMALL = dict(
     epochs=50,
     teacher_epochs=30,      # of --teacher train
 )
+# quick is for a CPU and small pictures; it was found on held-out training images of MNIST.
 PRESETS = {
     "quick": {**SMALL, "widths": "64,128,256,256", "blocks": "1,1,2,1", "stem_stride": 2, "compression": 2.0, "epochs": 3,
               "teacher_epochs": 2},
@@ -94,6 +95,8 @@ ABLATIONS = {
     "distillation": [{"teacher": "none"}, {"teacher": "train"},
                      {"teacher": "train", "feature_weight": 0.0, "logits_weight": 1.0}],
 }
+
+
 # ---- The block ----
 
 
@@ -316,7 +319,7 @@ class PictureFit(keras.Model):
         """Adam, its rate falling to 0 over total_steps along half a cosine; each network has a rate of its own.
 
         Its second moment forgets ten times as fast as usual (beta_2 0.9): gradients shrink by orders of magnitude during
-        a fit, and at 0.999 INRN and SIREN end 3 to 9 dB lower after 300 steps.
+        a fit, and at 0.999 SIREN ended 3 dB and INRN 8 dB lower (of the squared error alone, 150 and 300 steps).
         """
         self.compile_config = {name: value for name, value in locals().items() if name in {
             *FIT_PRESETS["quick"], "total_steps"}}
