@@ -230,7 +230,7 @@ def sine(x):
 
 def compared(network, inputs, parameters, features, feature_scale):
     """Layers of what Figure 2 compares with, three hidden layers D -> D and the largest D that makes at most that many
-    parameters: coords (N, H, W, inputs) -> colours (N, H, W, 3). Raises ValueError where even D = 1 has more.
+    parameters: coords (N, H, W, inputs) -> colours (N, H, W, 3). (The smallest INRN allows D = 1.)
 
     network: "siren" (Sitzmann et al., NeurIPS 2020), or "relu", an MLP on Fourier features like INRN's.
     """
@@ -239,8 +239,6 @@ def compared(network, inputs, parameters, features, feature_scale):
     inputs, width = 2 * features if embedding else inputs, 0
     while (inputs + 1) * (width + 1) + 3 * (width + 2) * (width + 1) + 3 * (width + 2) <= parameters:
         width += 1
-    if not width:
-        raise ValueError(f"a network of {parameters} parameters is too small to compare with: take a larger width")
     layers = []
     for number, before in enumerate([inputs, width, width, width]):
         limit = 1 / before if number == 0 else (6 / before) ** 0.5 / 30
