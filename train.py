@@ -712,7 +712,7 @@ def evaluate_fit(options, method, models, frames, path):
             (picture, f"{network}\n{float(keras.ops.psnr(truth[i], picture, 2.0)):.1f} dB") for picture, network in shown])
         errors = [np.abs(picture - truth[i]).mean(-1) for picture, _ in shown]
         rows.append([(np.ones((1, 1)), "error\nwhite: 10 %")] + [(error / 0.1 - 1, "") for error in errors])
-    draw_grid(rows, path, inches=2.2)
+    draw_grid(rows, path, inches=1.9)
     return results
 
 
