@@ -1117,10 +1117,11 @@ def main(arguments=None):
         command = (evaluate if options.evaluate else predict if options.predict else benchmark if options.benchmark else
                    ablate if getattr(options, "ablate", None) else fit if getattr(options, "task", None) == "fit" else
                    train)
-        return command(options, method, hyperparameters)
-    except KeyboardInterrupt:
+        with signals_to([]):
+            return command(options, method, hyperparameters)
+    except Interrupted as interruption:
         print("\ntrain.py: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return 128 + interruption.args[0]
 
 
 if __name__ == "__main__":
