@@ -760,7 +760,7 @@ def ablate(options, method, hyperparameters):
             print(f"\ntrain.py: interrupted; python train.py --resume {folder} goes on", file=sys.stderr)
             return 128 + interruption.args[0]
         except SystemExit:
-            if not any(folder.glob("*/config.json")):  # what was refused has left nothing to resume
+            if not options.resume and not any(folder.glob("*/config.json")):  # refused before anything began
                 shutil.rmtree(folder)
             raise
         rows = [{options.ablate: label, "parameters": found[0]["parameters"],
