@@ -656,7 +656,7 @@ def fit(options, method, hyperparameters):
         frames = load_frames(options)
         times = times_of(frames)
         batch_size = min(hyperparameters["batch_size"], len(frames))
-        copies = -(-20 * batch_size // len(frames))  # at least 20 steps in what counts as an epoch
+        copies = -(-50 * batch_size // len(frames))  # at least 50 steps in what counts as an epoch: it ends with a save
         batches = data.Batches(np.concatenate([frames] * copies), np.concatenate([times] * copies), batch_size,
                                seed=options.seed)
         epochs = -(-hyperparameters["steps"] // batches.steps)
