@@ -225,6 +225,7 @@ def single_stage(inputs, width, blocks, compression, activation, hybrid, patch, 
 
 
 def sine(x):
+    """SIREN's activation, with its omega of 30."""
     return ops.sin(30.0 * x)
 
 
