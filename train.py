@@ -160,7 +160,7 @@ def parse(arguments):
         options.run_dir = folder
     options.part_of = None
     if options.method == "inrn":
-        complete_inrn_options(options, given)
+        complete_inrn_options(options, given, method)
     return options, method, {name: given.get(name, value) for name, value in hyperparameters.items()}
 
 
@@ -186,7 +186,7 @@ def add_inrn_options(parser, method):
     group.add_argument("--seeds", type=at_least(1), default=2, help="of each variant, from --seed up (default: 2)")
 
 
-def complete_inrn_options(options, given):
+def complete_inrn_options(options, given, method):
     """Sets what follows from other options, and refuses what contradicts them. given: those of the command line."""
     if options.ablate == "architecture":  # the paper's table is of a video
         options.task = "fit"
@@ -196,8 +196,8 @@ def complete_inrn_options(options, given):
     if options.compile or options.task == "fit" and options.precision != "float32":
         refuse("inrn has no INR apart from its layers to compile, and fits in float32: leave --compile, or in a fit "
                "--precision, out")
-    variants = importlib.import_module("inrn").ABLATIONS.get(options.ablate, [])
-    for name in sorted({name for variant in variants for name in variant} & {*given} - {"teacher"}):
+    varied = {name for variant in method.ABLATIONS.get(options.ablate, []) for name in variant} - {"teacher"}
+    for name in sorted(varied & {*given}):
         refuse(f"--ablate {options.ablate} chooses --{name.replace('_', '-')} itself: leave it out")
     for name in ("dataset", "limit", "validation_images", "augment") if options.task == "fit" else ():
         if name in given:
@@ -457,8 +457,7 @@ class Run(keras.callbacks.Callback):
 
     def write_files(self):
         """history.csv and model.keras, as of the last epoch."""
-        write_whole(self.folder / "history.csv", lambda beside: beside.write_text(
-            as_csv(self.history), newline=""))
+        write_whole(self.folder / "history.csv", lambda beside: beside.write_text(as_csv(self.history), newline=""))
         write_whole(self.folder / "model.keras", self.model.save)
 
 
@@ -674,7 +673,7 @@ def fit(options, method, hyperparameters):
             results = evaluate_fit(options, method, models, frames, folder / "fit.png")
             draw_curves({metric: {network: [row["val_" + metric] for row in run.history]
                                   for network, run in runs.items()} for metric in ("psnr", "ssim")},
-                        f"{batches.steps} steps", folder / "curves.png")
+                        f"× {batches.steps} steps", folder / "curves.png")
             for network, run in runs.items():
                 results[network]["seconds"] = sum(run.seconds)
             return results
@@ -1030,7 +1029,7 @@ def draw_table(rows, path):
     """rows: dicts with the same keys, which become the heading."""
     from matplotlib.figure import Figure
 
-    figure = Figure()
+    figure = Figure(figsize=(6, 0.25 * len(rows)))  # the table grows beyond it, and is saved whole
     axes = figure.subplots()
     axes.axis("off")
     table = axes.table([[f"{value:,}" if isinstance(value, int) else value for value in row.values()] for row in rows],
