@@ -1,12 +1,13 @@
-"""Datasets for all methods: a name becomes arrays of images and labels.
-
-`load("shapes")` computes ten classes of analytic shapes and needs no download. Every other name is looked up in
-TensorFlow Datasets (TFDS): what is prepared on disk is read without TensorFlow, what is not is downloaded first.
-Images stay `uint8`, `(N, H, W, C)`; `Batches` turns them into the `float32` in [-1, 1] that the models see.
+"""Datasets by name. `load("shapes")` computes ten classes of analytic shapes; TensorFlow Datasets (TFDS) loads all other
+names, and downloads what is not on disk. `load_frames` reads a picture or a video to fit. Images stay `uint8`,
+`(N, H, W, C)`, until `Batches` converts them to the `float32` in [-1, 1] that the models take.
 """
 
 import collections.abc
 import dataclasses
+import functools
+import glob
+import itertools
 import os
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
@@ -14,131 +15,144 @@ os.environ.setdefault("KERAS_BACKEND", "torch")
 import keras
 import numpy as np
 
-SHAPES = ("disk", "ring", "half-disk", "crescent", "triangle", "square", "bar", "cross", "star", "heart")
-
 
 class DataError(ValueError):
-    """A dataset that cannot be had; the message is one line that says what to do."""
+    """The data is unavailable or unsuitable; the message is one line that says what to do."""
+
+
+class Split:
+    """Images `uint8` (N, H, W, C) and labels (N,) of one split. They are read on first use and then kept in memory.
+
+    read: returns both arrays. count: number of examples in one pass; if it exceeds N, the images repeat.
+    """
+
+    def __init__(self, count, read):
+        self.count, self.read = count, read
+
+    @functools.cached_property
+    def arrays(self):
+        return self.read()
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, indices):
+        """Images and labels at an integer array of indices below the count."""
+        images, labels = self.arrays
+        return images[indices % len(images)], labels[indices % len(images)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Two splits of one dataset; every image has the same size.
+    """The splits of one dataset; all images have the same shape (H, W, C), with C 1 or 3.
 
-    train_images, test_images: `uint8`, (N, H, W, C) with C 1 or 3. train_labels, test_labels: `int64`, (N,).
-    class_names: one string per label. flip: whether a mirrored image keeps its label.
-    finer: where the pictures are known at every resolution, a function (count, factor) -> the first `count` test images
-    on a grid of `factor` times as many rows and columns; else None.
+    class_names: one string per label; empty for frames. flip: whether a mirrored image keeps its label. validation: if
+    None, validation images are held out of the training split. finer: for images that are known at every resolution,
+    (count, factor) -> the first `count` test images with `factor` times as many rows and columns; else None.
     """
 
-    train_images: np.ndarray
-    train_labels: np.ndarray
-    test_images: np.ndarray
-    test_labels: np.ndarray
-    class_names: tuple
-    flip: bool
+    train: Split
+    test: Split
+    image_shape: tuple
+    class_names: tuple = ()
+    flip: bool = False
+    validation: Split | None = None
     finer: collections.abc.Callable | None = None
 
 
 def load(name, data_dir=None, image_size=None, seed=0):
-    """Loads the dataset `name`: "shapes" or the TFDS name of an image classification dataset ("mnist", "cifar10", …).
+    """Loads the dataset `name`: "shapes", or the TFDS name of an image classification dataset ("mnist", "cifar10", …).
 
-    data_dir: where TFDS keeps its datasets; None means $TFDS_DATA_DIR, else ~/tensorflow_datasets.
-    image_size: height and width in pixels; None keeps the dataset's own (28 for shapes). Other images are scaled so
-    that they cover the square, then cropped to it about their middle.
-    seed: of "shapes", which other datasets ignore.
+    data_dir: TFDS data folder; None means $TFDS_DATA_DIR, else ~/tensorflow_datasets. image_size: height and width in
+    pixels; None keeps the dataset's own (28 for shapes). Images of other sizes are scaled to cover the square and
+    cropped at its center. seed: for "shapes"; other datasets ignore it.
 
-    Raises DataError for an unknown name, for a dataset without one image and one label per example or without training
-    and test split, for images that differ in size without image_size, and where neither disk nor network has it.
+    Downloads and prepares a dataset that is not on disk; its images are read when they are first used. Raises DataError
+    for an unknown name, for a dataset without one image and one label per example or without training and test splits,
+    for images of different sizes without image_size, and if the dataset is neither on disk nor available for download.
+    """
+    if name != "shapes":
+        return _load_tfds(name, data_dir, image_size)
+    size = image_size or 28
+    return Dataset(Split(10_000, lambda: shapes(range(10_000), size, seed=seed)),
+                   Split(2_000, lambda: shapes(range(10_000, 12_000), size, seed=seed)), (size, size, 1), SHAPES, True,
+                   finer=lambda count, factor: shapes(range(10_000, 10_000 + count), factor * size, seed=seed)[0])
+
+
+def load_frames(name, data_dir=None, image_size=None, seed=0):
+    """Loads a picture or a video to fit: the images of the Dataset are frames (T, H, W, 3), the labels are their times,
+    from -1 to 1 (0 for a picture). All splits hold the same frames; a training epoch has at least 200.
+
+    name: an image file, a folder of image files, "shapes" (a picture of sixteen shapes) or "shapes-video". data_dir is
+    ignored. image_size: the longest side, to which larger pictures are scaled down (default: 256; "shapes-video": 64).
+    Raises DataError as `read_frames` does.
     """
     if name == "shapes":
-        size = image_size or 28
-        return Dataset(*shapes(range(10_000), size, seed=seed), *shapes(range(10_000, 12_000), size, seed=seed),
-                       class_names=SHAPES, flip=True, finer=lambda count, factor:
-                       shapes(range(10_000, 10_000 + count), factor * size, seed=seed)[0])
-    return _load_tfds(name, data_dir, image_size)
+        frames = shapes_mosaic(image_size or 256, seed)[None]
+    elif name == "shapes-video":
+        frames = shapes_video(image_size or 64, seed=seed)
+    else:
+        frames = read_frames(name, image_size or 256)
+    count = len(frames)
+    times = np.linspace(-1, 1, count, dtype=np.float32) if count > 1 else np.zeros(1, np.float32)
+    every = Split(count, lambda: (frames, times))
+    return Dataset(Split(count * -(-200 // count), every.read), every, frames.shape[1:], validation=every)
+
+
+LOADERS = {"classify": load, "fit": load_frames}  # by task
+
+
+def full_name(task, name):
+    """The dataset name as it is valid in every working directory: a path becomes absolute."""
+    return os.path.abspath(name) if task == "fit" and name not in ("shapes", "shapes-video") else name
 
 
 # ---- shapes: ten classes drawn from signed-distance functions ----
 
 
-def shapes(indices, size=28, channels=1, noise=0.0, seed=0):
+def shapes(indices, size=28, channels=1, seed=0):
     """Renders samples of the built-in dataset; sample i depends on (seed, i) alone, and its label is i % 10.
 
-    A sample is a function on [-1, 1]², so asking for the same index at another `size` shows the same picture, sampled
-    more finely: the ground truth of super-resolution. Position, size, rotation, foreground and background are random,
-    edges are soft.
+    A sample is a function on [-1, 1]²: the same index at another `size` is the same picture, sampled on another grid,
+    and so the ground truth for super-resolution. Position, size, rotation, foreground and background are random; edges
+    are soft.
 
     indices: integers ≥ 0, N of them. size: height and width in pixels. channels: 1 (grey) or 3 (colour).
-    noise: standard deviation of Gaussian noise, on the scale of intensities in [0, 1].
     Returns images `uint8` (N, size, size, channels) and labels `int64` (N,).
     """
     indices = np.asarray(indices, dtype=np.int64)
     labels = indices % len(SHAPES)
-    # Philox maps (key, counter) to random numbers directly: sample i costs the same wherever it stands.
-    generators = [np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, i])) for i in indices]
-    uniform = np.array([g.random(10) for g in generators]).reshape(len(indices), 10)
-    radius = 0.5 + 0.25 * uniform[:, 0]                                 # (N,) half the shape's extent; the image's is 1
-    center = 0.25 * (2 * uniform[:, 1:3] - 1)                           # (N, 2) 3.4 pixels of 28 to each side
-    angle = np.pi / 6 * (2 * uniform[:, 3] - 1)                         # 30 degrees to each side
+    # Philox computes random numbers from (key, counter) directly, so any sample costs the same.
+    uniform = np.array([np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, i])).random(10)
+                        for i in indices]).reshape(len(indices), 10)
+    radius = 0.5 + 0.25 * uniform[:, 0]                                 # (N,) half the extent; the image has 1
+    center = 0.25 * (2 * uniform[:, 1:3] - 1)                           # (N, 2) up to 3.4 of 28 pixels
+    angle = np.pi / 6 * (2 * uniform[:, 3] - 1)                         # up to 30 degrees
     background = 0.35 * uniform[:, 4:7][:, :channels]                   # (N, C)
-    foreground = 0.6 + 0.4 * uniform[:, 7:10][:, :channels]             # (N, C) at least 0.25 brighter
+    foreground = 0.6 + 0.4 * uniform[:, 7:10][:, :channels]             # (N, C) brighter by at least 0.25
 
     axis = np.linspace(-1, 1, size, dtype=np.float32)                   # pixel centres, like the models' coordinates
     images = np.empty((len(indices), size, size, channels), np.uint8)
     for i, label in enumerate(labels):
         x, y = axis - np.float32(center[i, 0]), axis[:, None] - np.float32(center[i, 1])
         cos, sin = np.float32(np.cos(angle[i]) / radius[i]), np.float32(np.sin(angle[i]) / radius[i])
-        distance = _signed_distance(SHAPES[label], cos * x + sin * y, cos * y - sin * x) * radius[i]
+        distance = _DISTANCES[SHAPES[label]](cos * x + sin * y, cos * y - sin * x) * radius[i]
         inside = np.clip(0.5 - distance / 0.1, 0, 1)[:, :, None]        # edges 0.1 wide: 1.4 pixels of 28
-        image = background[i] + (foreground[i] - background[i]) * inside
-        if noise:
-            image = image + noise * generators[i].standard_normal(image.shape)
-        images[i] = np.rint(255 * np.clip(image, 0, 1))
+        images[i] = np.rint(255 * (background[i] + (foreground[i] - background[i]) * inside))
     return images, labels
 
 
 def shapes_mosaic(size=256, seed=0):
-    """Sixteen colourful samples, four by four, as one picture: `uint8` (size, size, 3), size rounded down to fours."""
-    return shapes(range(16), size // 4, channels=3, seed=seed)[0].reshape(4, 4, size // 4, size // 4, 3).transpose(
-        0, 2, 1, 3, 4).reshape(size // 4 * 4, size // 4 * 4, 3)
+    """Sixteen samples in one picture, four by four: `uint8` (size, size, 3), size rounded down to a multiple of 4."""
+    tiles = shapes(range(16), size // 4, channels=3, seed=seed)[0].reshape(4, 4, size // 4, size // 4, 3)
+    return tiles.transpose(0, 2, 1, 3, 4).reshape(size // 4 * 4, size // 4 * 4, 3)
 
 
 def shapes_video(size=64, count=16, seed=0):
-    """A camera that moves in a circle over `shapes_mosaic`: `count` frames, `uint8` (count, size, size, 3)."""
+    """A view that moves in a circle over `shapes_mosaic`: frames `uint8` (count, size, size, 3)."""
     mosaic, angles = shapes_mosaic(4 * size, seed), 2 * np.pi * np.arange(count) / count
     starts = np.rint(1.5 * size * (1 + np.stack([np.sin(angles), np.cos(angles)], axis=1))).astype(int)
     return np.stack([mosaic[row:row + size, column:column + size] for row, column in starts])
-
-
-def _signed_distance(shape, x, y):
-    """Distance to the edge of a shape of about unit radius at (x, y), negative inside. (Exact near the edge.)"""
-    r = np.hypot(x, y)
-    if shape == "disk":
-        return r - 0.9
-    if shape == "ring":
-        return np.abs(r - 0.75) - 0.2
-    if shape == "half-disk":
-        return np.maximum(r - 1, -0.4 - y)  # the part of a disk above a chord
-    if shape == "crescent":
-        return np.maximum(r - 1, 0.8 - np.hypot(x - 0.5, y))  # a disk less another disk
-    if shape == "triangle":
-        return _polygon(x, y, 3, 1.0)
-    if shape == "square":
-        return _box(x, y, 0.75, 0.75)
-    if shape == "bar":
-        return _box(x, y, 1.0, 0.3)
-    if shape == "cross":
-        return np.minimum(_box(x, y, 1.0, 0.27), _box(x, y, 0.27, 1.0))
-    if shape == "star":
-        # One of ten mirrored wedges; the edge runs from the tip (1, 0) to the notch at 36 degrees and radius 0.42.
-        wedge = np.abs((np.arctan2(y, x) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
-        notch = 0.42 * np.array([np.cos(np.pi / 5), np.sin(np.pi / 5)], np.float32)
-        normal = np.array([notch[1], 1 - notch[0]]) / np.hypot(notch[1], 1 - notch[0])
-        return (r * np.cos(wedge) - 1) * normal[0] + r * np.sin(wedge) * normal[1]
-    # A heart is a square on its corner with a half-disk on each of its two upper sides.
-    u, v = (x + y + 0.25) / np.sqrt(2), (y - x + 0.25) / np.sqrt(2)
-    return np.minimum(_box(u, v, 0.52, 0.52), np.minimum(np.hypot(u - 0.52, v), np.hypot(u, v - 0.52)) - 0.52)
 
 
 def _box(x, y, half_width, half_height):
@@ -146,138 +160,174 @@ def _box(x, y, half_width, half_height):
     return np.hypot(np.maximum(dx, 0), np.maximum(dy, 0)) + np.minimum(np.maximum(dx, dy), 0)
 
 
-def _polygon(x, y, sides, radius):
-    wedge = np.abs(np.arctan2(y, x)) % (2 * np.pi / sides) - np.pi / sides
-    return np.hypot(x, y) * np.cos(wedge) - radius * np.cos(np.pi / sides)
+def _triangle(x, y):
+    wedge = np.abs(np.arctan2(y, x)) % (2 * np.pi / 3) - np.pi / 3
+    return np.hypot(x, y) * np.cos(wedge) - np.cos(np.pi / 3)
+
+
+def _star(x, y):
+    """Ten mirrored wedges; the edge runs from the tip (1, 0) to the notch at 36 degrees and radius 0.42."""
+    wedge = np.abs((np.arctan2(y, x) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
+    notch = 0.42 * np.array([np.cos(np.pi / 5), np.sin(np.pi / 5)], np.float32)
+    normal = np.array([notch[1], 1 - notch[0]]) / np.hypot(notch[1], 1 - notch[0])
+    return (np.hypot(x, y) * np.cos(wedge) - 1) * normal[0] + np.hypot(x, y) * np.sin(wedge) * normal[1]
+
+
+def _heart(x, y):
+    """A square standing on a corner, with a half-disk on each of its upper sides."""
+    u, v = (x + y + 0.25) / np.sqrt(2), (y - x + 0.25) / np.sqrt(2)
+    return np.minimum(_box(u, v, 0.52, 0.52), np.minimum(np.hypot(u - 0.52, v), np.hypot(u, v - 0.52)) - 0.52)
+
+
+# Signed distance from (x, y) to the edge of each shape of about unit radius: negative inside, exact near the edge.
+_DISTANCES = {
+    "disk": lambda x, y: np.hypot(x, y) - 0.9,
+    "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.75) - 0.2,
+    "half-disk": lambda x, y: np.maximum(np.hypot(x, y) - 1, -0.4 - y),
+    "crescent": lambda x, y: np.maximum(np.hypot(x, y) - 1, 0.8 - np.hypot(x - 0.5, y)),
+    "triangle": _triangle,
+    "square": lambda x, y: _box(x, y, 0.75, 0.75),
+    "bar": lambda x, y: _box(x, y, 1.0, 0.3),
+    "cross": lambda x, y: np.minimum(_box(x, y, 1.0, 0.27), _box(x, y, 0.27, 1.0)),
+    "star": _star,
+    "heart": _heart,
+}
+SHAPES = tuple(_DISTANCES)
 
 
 # ---- TensorFlow Datasets ----
 
-# Datasets of characters: mirrored, most of them are none, or others.
+# Datasets of characters: mirrored characters are invalid or change their class.
 NO_FLIP = {"mnist", "emnist", "kmnist", "binarized_mnist", "svhn_cropped", "omniglot", "quickdraw_bitmap"}
 
 
+@functools.lru_cache(maxsize=1)  # the runs of an ablation share the images
 def _load_tfds(name, data_dir, image_size):
-    import tensorflow_datasets as tfds  # here, because `shapes` and `--help` need none of it
+    import absl.logging
+    import tensorflow_datasets as tfds  # imported here, because `shapes` and `--help` do not need it
 
-    where = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    absl.logging.set_verbosity(absl.logging.ERROR)  # no advice to install OpenCV
     try:
         builder = tfds.builder(name, data_dir=data_dir)
         if not builder.is_prepared():
-            # ArrayRecord is the format that TFDS reads without TensorFlow; it is not its default.
+            # TFDS reads ArrayRecord without TensorFlow; its default is TFRecord.
             builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-    except (ValueError, AssertionError) as error:  # of the name, of its configuration, of its version
+    except (ValueError, AssertionError) as error:  # for the name, its configuration or its version
         raise DataError(f"unknown dataset {name!r}: use shapes, mnist, fashion_mnist, cifar10, cifar100, "
                         "imagenette/320px-v2 or another image classification dataset of TFDS") from error
     features = builder.info.features
     features = dict(features.items()) if isinstance(features, tfds.features.FeaturesDict) else {}
     if not (isinstance(features.get("image"), tfds.features.Image)
             and isinstance(features.get("label"), tfds.features.ClassLabel)):
-        raise DataError(f"{name} is not an image classification dataset: its examples hold "
-                        f"{', '.join(features) or 'no named features'} where one image and one label are needed")
-    if image_size is None and None in features["image"].shape[:2]:
-        raise DataError(f"the images of {name} differ in size: give one with --image-size, for example --image-size 64")
+        raise DataError(f"{name} is not an image classification dataset: its examples have the features "
+                        f"{', '.join(features) or '(none)'}; one image and one label are required")
+    height, width, channels = features["image"].shape
+    if image_size is None and None in (height, width):
+        raise DataError(f"the images of {name} differ in size: set one size for all, for example --image-size 64")
     if not builder.is_prepared():
-        try:
-            builder.download_and_prepare()
-        except Exception as error:  # network, disk, checksum, a dataset that wants files put there by hand, …
-            raise DataError(f"{name} is not prepared in {where} and could not be downloaded "
-                            f"({type(error).__name__}: {' '.join(str(error).split())[:120]}): point --data-dir or "
-                            "TFDS_DATA_DIR to a folder that holds it, or use --dataset shapes") from error
-    splits = list(builder.info.splits)
+        _prepare(builder, data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+    splits = builder.info.splits
     test = "test" if "test" in splits else "validation"
     if not {"train", test} <= {*splits}:
-        raise DataError(f"{name} has the splits {', '.join(splits)}, where train and test (or validation) are needed")
-    return Dataset(*_read_split(tfds, builder, "train", image_size), *_read_split(tfds, builder, test, image_size),
-                   class_names=tuple(features["label"].names), flip=builder.name not in NO_FLIP)
+        raise DataError(f"{name} has the splits {', '.join(splits)}; train and test (or validation) are required")
+    return Dataset(*(Split(splits[split].num_examples, functools.partial(_read_split, tfds, builder, split, image_size))
+                     for split in ("train", test)),
+                   (image_size or height, image_size or width, channels), tuple(features["label"].names),
+                   flip=builder.name not in NO_FLIP)
+
+
+def _prepare(builder, folder):
+    """Downloads and prepares a dataset. Raises DataError if that fails, at once if there is no network."""
+    import requests  # what TFDS downloads with
+
+    try:
+        if builder.url_infos and not builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
+            requests.head(next(iter(builder.url_infos)), timeout=5)  # TFDS retries an unreachable host for minutes
+        builder.download_and_prepare()
+    except Exception as error:  # network, disk, checksum, files to be downloaded by hand, …
+        raise DataError(f"{builder.name} is not prepared in {folder} and could not be downloaded "
+                        f"({type(error).__name__}: {' '.join(str(error).split())[:120]}): set --data-dir or "
+                        "TFDS_DATA_DIR to a folder that holds it, or use --dataset shapes") from error
 
 
 def _read_split(tfds, builder, split, image_size):
-    """One split as images and labels. A dataset that was prepared as TFRecord is read with TensorFlow."""
-    if "array_record" in [file_format.value for file_format in builder.info.available_file_formats()]:
-        source = builder.as_data_source(split)
-    else:
-        source = list(tfds.as_numpy(builder.as_dataset(split=split)))
-    images, labels = [], []
-    for start in range(0, len(source), 1000):  # in parts: only resized images are kept
-        part = range(start, min(start + 1000, len(source)))
-        examples = source.__getitems__(part) if hasattr(source, "__getitems__") else [source[i] for i in part]
-        images += [_resize(example["image"], image_size) for example in examples]
-        labels += [example["label"] for example in examples]
-    images, labels = np.stack(images), np.array(labels, np.int64)
-    if labels.min() < 0:
-        raise DataError(f"split {split!r} of {builder.info.name} has no labels")
-    return images, labels
-
-
-def _resize(image, size):
-    if size is None or image.shape[:2] == (size, size):
-        return image
+    """One split as images and labels. A dataset prepared as TFRecord is read with TensorFlow."""
     from PIL import Image
 
-    return _fit(Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image), size, size)
+    if "array_record" in [file_format.value for file_format in builder.info.available_file_formats()]:
+        source = builder.as_data_source(split)  # decodes many examples together in half the time
+        parts = (range(start, min(start + 1000, len(source))) for start in range(0, len(source), 1000))
+        examples = itertools.chain.from_iterable(map(source.__getitems__, parts))
+    else:
+        examples = tfds.as_numpy(builder.as_dataset(split=split))
+    images, labels = [], []
+    for example in examples:
+        image = example["image"]
+        if image_size:
+            image = _cover(Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image), image_size, image_size)
+        images.append(image)
+        labels.append(example["label"])
+    if min(labels) < 0:
+        raise DataError(f"the split {split!r} of {builder.info.name} has no labels")
+    return np.stack(images), np.array(labels, np.int64)
 
 
-def _fit(picture, height, width):
-    """A Pillow image, scaled so that it covers height × width and cropped to it about its middle: (H, W, C)."""
+# ---- Image files ----
+
+
+def _cover(picture, height, width):
+    """A Pillow image, scaled to cover height × width and cropped at its center: (H, W, C)."""
     from PIL import Image, ImageOps
 
     return np.asarray(ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC)).reshape(height, width, -1)
 
 
 def read_image(path, height, width, channels):
-    """An image file of any size and mode as `uint8` (height, width, channels), scaled and cropped like a dataset's.
+    """Reads an image file of any size and mode as `uint8` (height, width, channels), scaled and cropped as in `load`.
 
-    Transparent parts become black, like the ground of most datasets. Raises DataError for what is no whole image.
+    Transparent parts become black, the background of most datasets. Raises DataError for an incomplete image.
     """
-    return _read(path, "L" if channels == 1 else "RGB", lambda picture: _fit(picture, height, width))
+    return _read(path, "L" if channels == 1 else "RGB", lambda picture: _cover(picture, height, width))
 
 
-def read_picture(path, longest):
-    """An image file as `uint8` (H, W, 3), scaled down until no side is longer than that. Raises as `read_image` does."""
+def read_frames(path, longest):
+    """Reads an image file, or a folder's image files in the order of their names: `uint8` (T, H, W, 3), scaled down
+    if a side exceeds `longest`. Raises DataError for no images, incomplete images and images of different sizes."""
+    from PIL import Image
+
     def shrink(picture):
         picture.thumbnail((longest, longest))
         return np.asarray(picture)
-    return _read(path, "RGB", shrink)
-
-
-def read_frames(folder, longest):
-    """The image files of a folder, in the order of their names, as `read_picture` gives them: (T, H, W, 3).
-
-    Raises DataError for a folder that cannot be read or has no images, and for images of different sizes.
-    """
-    from PIL import Image
 
     Image.init()
-    try:
-        paths = sorted(os.path.join(folder, name) for name in os.listdir(folder)
-                       if os.path.splitext(name)[1].lower() in Image.EXTENSION)
-    except OSError as error:
-        raise DataError(f"cannot read {folder} ({error.strerror}): give a folder of image files") from error
+    paths = [path]
+    if os.path.isdir(path):
+        paths = sorted(file for file in glob.glob(os.path.join(glob.escape(path), "*"))
+                       if os.path.splitext(file)[1].lower() in Image.EXTENSION)
     if not paths:
-        raise DataError(f"{folder} has no image files: give the folder that holds the video's frames")
-    frames = [read_picture(path, longest) for path in paths]
-    for path, frame in zip(paths, frames):
+        raise DataError(f"{path} has no image files: use the folder that holds the frames of a video")
+    frames = [_read(file, "RGB", shrink) for file in paths]
+    for file, frame in zip(paths, frames):
         if frame.shape != frames[0].shape:
-            raise DataError(f"frames differ in size: {paths[0]} is {frames[0].shape[1]}×{frames[0].shape[0]}, {path} "
-                            f"{frame.shape[1]}×{frame.shape[0]}: give frames of one video")
+            raise DataError(f"frames differ in size: {paths[0]} is {frames[0].shape[1]}×{frames[0].shape[0]}, {file} "
+                            f"{frame.shape[1]}×{frame.shape[0]}: use the frames of one video")
     return np.stack(frames)
 
 
 def _read(path, mode, finish):
     from PIL import Image, ImageOps
 
-    Image.MAX_IMAGE_PIXELS = None  # the file is the user's own, however large
+    Image.MAX_IMAGE_PIXELS = None  # no limit: the file is the user's own
     try:
         with Image.open(path) as file:
             picture = ImageOps.exif_transpose(file)
-            if picture.mode.startswith("I"):  # 16 bits, which Pillow would clip
+            if picture.mode.startswith("I"):  # 16 bits; Pillow's own conversion clips them
                 picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
             elif picture.has_transparency_data:
                 picture = picture.convert("RGBA")
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, (0, 0, 0, 255)), picture)
             return finish(picture.convert(mode))
-    except Exception as error:  # Pillow's decoders raise nearly anything: OSError, SyntaxError, ValueError, struct.error
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, …
         raise DataError(f"cannot read {path} as an image ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
                         ) from error
 
@@ -286,47 +336,44 @@ def _read(path, mode, finish):
 
 
 def scale(images):
-    """`uint8` images as the models see them, `float32` in [-1, 1]."""
+    """`uint8` images as the models take them: `float32` in [-1, 1]."""
     return images.astype("float32") / 127.5 - 1
 
 
 class Batches(keras.utils.PyDataset):
-    """Batches for `fit` and `evaluate`: images `float32` in [-1, 1], (n, H, W, C), and labels (n,).
+    """Batches of a split's examples: images `float32` in [-1, 1], (n, H, W, C), and labels (n,).
 
-    With a `seed` the order is random, and the rest that does not fill a batch is left out; order and augmentation follow
-    from (seed, epoch, batch) alone: `begin` says where to start. Without one the order is kept and nothing is left out.
-
-    augment: reflect-pad by 4 pixels and crop at random; with `flip` also mirror every other image (MWT's augmentation).
+    indices: the examples to use. seed: shuffles them and drops the rest that does not fill a batch; order and
+    augmentation depend only on (seed, epoch, index of the batch). None keeps the order and drops nothing.
+    augment: pads by 4 pixels (reflection) and crops at random; with `flip` also mirrors half of the images.
     """
 
-    def __init__(self, images, labels, batch_size, seed=None, augment=False, flip=False):
+    def __init__(self, split, indices, batch_size, seed=None, augment=False, flip=False):
         super().__init__()
-        self.images, self.labels, self.batch_size = images, labels, batch_size
-        self.seed, self.augment, self.flip = seed, augment, flip
-        self.steps = len(images) // batch_size if seed is not None else -(-len(images) // batch_size)  # of a whole epoch
-        self.begin(epoch=1)
+        self.split, self.indices, self.batch_size, self.seed = split, indices, batch_size, seed
+        self.augment, self.flip = augment, flip
+        self.begin(1)
 
-    def begin(self, epoch, first=0):
-        """What comes next are the batches of this epoch, counted from 1, without so many at its beginning."""
-        self.epoch, self.first = epoch, first
-        self.order = np.arange(len(self.images))
+    def begin(self, epoch):
+        """Selects the order of an epoch, counted from 1."""
+        self.epoch, self.order = epoch, self.indices
         if self.seed is not None:
-            np.random.default_rng((self.seed, epoch)).shuffle(self.order)
+            self.order = np.random.default_rng((self.seed, epoch)).permutation(self.indices)
+            self.order = self.order[:len(self.order) // self.batch_size * self.batch_size]
 
     def __len__(self):
-        return self.steps - self.first
+        return -(-len(self.order) // self.batch_size)
 
     def __getitem__(self, index):
-        index += self.first
-        chosen = self.order[index * self.batch_size:(index + 1) * self.batch_size]
-        images = scale(self.images[chosen])
+        images, labels = self.split[self.order[index * self.batch_size:(index + 1) * self.batch_size]]
+        images = scale(images)
         if self.augment:
             images = augment(images, np.random.default_rng((self.seed, self.epoch, index)), self.flip)
-        return images, self.labels[chosen]
+        return images, labels
 
 
 def augment(images, rng, flip):
-    """images (N, H, W, C) -> the same shape, shifted by up to 4 pixels over the reflection, and mirrored or not."""
+    """images (N, H, W, C) -> the same shape, shifted by up to 4 pixels and, with `flip`, mirrored at random. (MWT)"""
     count, height, width, _ = images.shape
     padded = keras.ops.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)), mode="reflect")
     rows = rng.integers(0, 9, count)[:, None] + np.arange(height)          # (N, H)

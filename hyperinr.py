@@ -1,34 +1,52 @@
-"""HyperINR: one network predicts the weights of the small network that represents an image; its latent classifies it.
+"""HyperINR: hypernetworks predict the weights of a SIREN for each image, and a classifier uses the image's latent.
 
 Egri, "Hyper-network based Implicit Neural Representations for Image Classification".
 
-An encoder maps an image to a latent v, hypernetworks map v to the parameters theta of a SIREN, and the SIREN maps any
-coordinate to a colour. Encoder and hypernetworks are shared by all images and learn by reconstructing them; theta is
-different for every image, comes from one forward pass, and is never trained itself. Because v has to tell everything
-about the image, it can be classified; because the SIREN is a continuous function, and what predicts it has learned what
-images look like, it upsamples, inpaints and denoises.
+An encoder maps an image to a latent v, hypernetworks map v to the parameters theta of a SIREN, and the SIREN maps
+coordinates to colours. All images share the encoder and the hypernetworks, which are trained to reconstruct the images.
+theta is different for each image. It is predicted in one forward pass and is never trained itself. The latent contains
+what is needed to reconstruct the image, so it can be classified. The SIREN is a continuous function, and the networks
+that predict it have been trained on typical images, so the model can upsample, inpaint and denoise.
 
     image (N, H, W, C) -> encoder -> latent v -> hypernetworks -> theta; coords -> SIREN with theta -> pixels (N, P, C)
                                      latent v, or theta* -> classifier -> logits
 
     symbol    shape                      meaning
-    N P C     -                          images, points (pixels) of one image, colour channels
-    V D L     -                          width of the latent, width of the SIREN, its hidden layers D -> D
+    N P C     -                          images, points (pixels) per image, colour channels
+    V D L     -                          width of the latent, width of the SIREN, number of its hidden layers D -> D
     coords    (P, 2)                     row and column, each from -1 to 1
     v         (N, V)                     latent
     theta     L+2 pairs                  kernel (N, in, out) and bias (N, 1, out) of each layer of the SIREN
-    theta*    (N, L+2, D, D)             all kernels as the channels of one picture
+    theta*    (N, L+2, D, D)             the kernels of all layers, stacked like the channels of an image
 
-The paper's four experiments (`classifier`) differ in what is classified and what learns when:
+The paper's four experiments (`classifier`) differ in the classifier's input and in the order of training:
 
-    joint       v, by an MLP; everything learns at once (section 5)
-    latent      v, by an MLP that learns after the rest, which then stays as it is (section 4.1)
-    weights     theta*, by a CNN that learns after the rest (section 4.1)
-    pretrained  v, the hidden layer of an MLP on pixels that learns first; the hypernetworks follow (section 4.2)
+    joint       v, classified by an MLP; all parts are trained together (section 5)
+    latent      v, classified by an MLP that is trained after the other parts, which are then frozen (section 4.1)
+    weights     theta*, classified by a CNN that is trained after the other parts, which are then frozen (section 4.1)
+    pretrained  v, the hidden layer of an MLP pixel classifier that is trained before the hypernetworks (section 4.2)
+
+Example:
+
+```python
+import numpy as np
+import hyperinr
+
+images = np.random.uniform(-1, 1, (64, 28, 28, 1)).astype("float32")  # (N, H, W, C) in [-1, 1]
+labels = np.random.randint(0, 10, 64)
+
+model = hyperinr.HyperINR(image_size=28, channels=1, num_classes=10, encoder_width=16, dim=64)
+model.compile(total_steps=2 * 4, hyper_rate=2e-4, classifier_rate=1e-3)  # epochs times batches
+model.fit(images, labels, batch_size=16, epochs=2)
+print(model.evaluate(images, labels, return_dict=True))  # loss, mse, psnr, accuracy
+print(model.upsample(images[:1], 10).shape, model.denoise(images[:1]).shape)  # (1, 280, 280, 1) and (1, 28, 28, 1)
+print(model.inpaint(images[:1], mask=np.eye(28, dtype=bool)).shape)  # fills the diagonal: (1, 28, 28, 1)
+```
 """
 
 import math
 import os
+import types
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
@@ -38,30 +56,31 @@ import torch
 from keras import ops
 
 if keras.backend.backend() != "torch":
-    raise ImportError("this file needs Keras on PyTorch: set KERAS_BACKEND=torch before keras is imported")
+    raise ImportError("this file needs Keras on PyTorch: set KERAS_BACKEND=torch before importing keras")
 
-# Hyperparameters of the paper. Where it is silent: the hypernetworks of Sitzmann et al. (NeurIPS 2020), which it builds
-# on, and, marked "ours", what we chose.
-PAPER = dict(
-    classifier="joint",    # joint, latent, weights or pretrained
-    latent_dim=256,        # V, also the width of the hypernetworks and of the MLP classifier
-    encoder_width=32,      # channels of the encoder's first convolution, doubled three times; not in pretrained; ours
-    dim=256,               # D
-    depth=3,               # L
-    omega=30.0,            # frequency factor of every sine layer
-    latent_penalty=0.1,    # alpha_1, of the mean square of v
-    weight_penalty=100.0,  # alpha_2, of the mean square of theta
-    task_weight=0.1,       # of the cross entropy
-    hyper_rate=5e-5,       # learning rate of encoder and hypernetworks
-    classifier_rate=1e-2,  # of the classifier, joint
-    separate_rate=1e-3,    # of the classifier that learns by itself: latent, weights, pretrained
-    classifier_part=0.2,   # part of all steps in which it does; ours
-    final_rate=1.0,        # the rates fall to this part of themselves, along half a cosine; 1: constant
-    batch_size=64,         # ours
-    epochs=50,             # ours
-)
+# Name: (the paper's value, description). Where the paper gives no value, it is taken from the hypernetworks of Sitzmann
+# et al. (NeurIPS 2020), on which the paper builds, or marked as our choice.
+HYPERPARAMETERS = {
+    "classifier": ("joint", "experiment of the paper: joint, latent, weights or pretrained"),
+    "latent_dim": (256, "width of the latent, the hypernetworks and the MLP classifier"),
+    "encoder_width": (32, "channels of the encoder's first layer, doubled 3 times; unused in pretrained (our choice)"),
+    "dim": (256, "width of the SIREN"),
+    "depth": (3, "number of the SIREN's hidden layers that map dim to dim"),
+    "omega": (30.0, "frequency factor of the SIREN's sine layers"),
+    "latent_penalty": (0.1, "weight of the mean square of the latent in the loss (alpha_1)"),
+    "weight_penalty": (100.0, "weight of the mean square of the SIREN's parameters in the loss (alpha_2)"),
+    "task_weight": (0.1, "weight of the cross entropy in the loss"),
+    "hyper_rate": (5e-5, "learning rate of the hypernetworks and, except in pretrained, of the encoder"),
+    "classifier_rate": (1e-2, "learning rate of the classifier in joint"),
+    "separate_rate": (1e-3, "learning rate of the classifier if it is trained separately: latent, weights, pretrained"),
+    "classifier_part": (0.2, "fraction of the steps that train a separately trained classifier (our choice)"),
+    "final_rate": (1.0, "final learning rates as a fraction of the initial ones, with cosine decay; 1: constant rates"),
+    "batch_size": (64, "number of images per training step (our choice)"),
+    "epochs": (50, "number of passes over the training images (our choice)"),
+}
+PAPER = {name: value for name, (value, _) in HYPERPARAMETERS.items()}
 PRESETS = {
-    # A tenth of the paper's parameters and of its time a step; found on held-out training images of MNIST.
+    # A tenth of the paper's parameters and time per step. Values chosen on held-out training images of MNIST.
     "quick": {**PAPER, "encoder_width": 16, "dim": 64, "hyper_rate": 2e-4, "classifier_rate": 1e-3, "final_rate": 0.01,
               "epochs": 5},
     "paper": PAPER,
@@ -72,17 +91,14 @@ PRESETS = {
 
 
 def coordinates(height, width, dtype="float32"):
-    """Grid of pixel centres on [-1, 1]², rows first: (height * width, 2), each point (row, column)."""
+    """Grid of pixel centres on [-1, 1]², row by row: (height * width, 2), each point (row, column)."""
     rows, columns = ops.linspace(-1.0, 1.0, height, dtype=dtype), ops.linspace(-1.0, 1.0, width, dtype=dtype)
     return ops.reshape(ops.stack(ops.meshgrid(rows, columns, indexing="ij"), axis=-1), (-1, 2))
 
 
 def render(theta, coords, omega):
-    """The SIREN of each image: theta and coords (P, 2) -> colours (N, P, C).
-
-    sin(omega * (h W + b)) per layer but the last, which is linear. omega multiplies the parameters, of which there are
-    fewer than of activations.
-    """
+    """Evaluates each image's SIREN: theta and coords (P, 2) -> colours (N, P, C). A layer is sin(omega * (h W + b));
+    the last is linear. omega multiplies the parameters because there are fewer parameters than activations."""
     *sine_layers, (kernel, bias) = theta
     hidden = coords
     for sine_kernel, sine_bias in sine_layers:
@@ -92,10 +108,12 @@ def render(theta, coords, omega):
 
 # ---- From an image to the parameters of its SIREN ----
 
+CONV_OPTIONS = dict(padding="same", data_format="channels_last", kernel_initializer="he_normal")
+
 
 def resize(images, size):
-    """Samples images (N, H, W, C) on the grid of `size`, (height, width), bilinearly. Like `coordinates`, and unlike
-    `keras.ops.image.resize`, it keeps the middle of a corner pixel in the corner."""
+    """Samples images (N, H, W, C) bilinearly on a grid of `size`, (height, width). As in `coordinates`, and unlike in
+    `keras.ops.image.resize`, the centres of the corner pixels stay in the corners."""
     images = ops.transpose(ops.convert_to_tensor(images), (0, 3, 1, 2))
     resized = torch.nn.functional.interpolate(images, tuple(size), mode="bilinear", align_corners=True)
     return ops.transpose(resized, (0, 2, 3, 1))
@@ -103,15 +121,13 @@ def resize(images, size):
 
 @keras.saving.register_keras_serializable("hyperinr")
 class ResidualBlock(keras.layers.Layer):
-    """Two 3×3 convolutions beside a 1×1 one: (N, H, W, inputs) -> (N, H/2, W/2, width), rounded up."""
+    """Two 3×3 convolutions with a 1×1 shortcut: (N, H, W, inputs) -> (N, H/2, W/2, width), sizes rounded up."""
 
     def __init__(self, inputs, width, **kwargs):
         super().__init__(**kwargs)
-        options = dict(padding="same", data_format="channels_last", kernel_initializer="he_normal",
-                       dtype=self.dtype_policy)
-        self.reduce = keras.layers.Conv2D(width, 3, strides=2, activation="relu", **options)
-        self.refine = keras.layers.Conv2D(width, 3, **options)
-        self.shortcut = keras.layers.Conv2D(width, 1, strides=2, **options)
+        self.reduce = keras.layers.Conv2D(width, 3, 2, activation="relu", dtype=self.dtype_policy, **CONV_OPTIONS)
+        self.refine = keras.layers.Conv2D(width, 3, dtype=self.dtype_policy, **CONV_OPTIONS)
+        self.shortcut = keras.layers.Conv2D(width, 1, 2, dtype=self.dtype_policy, **CONV_OPTIONS)
         for layer, channels in ((self.reduce, inputs), (self.refine, width), (self.shortcut, inputs)):
             layer.build((None, None, None, channels))
         self.built = True
@@ -121,21 +137,20 @@ class ResidualBlock(keras.layers.Layer):
 
 
 def image_encoder(image_size, channels, latent_dim, width, dtype):
-    """Residual convolutional encoder: images (N, S, S, C) -> latents (N, V). (Section 3.2; the layout is ours.)"""
+    """Residual convolutional encoder: images (N, S, S, C) -> latents (N, V) (section 3.2; the layout is our choice)."""
     return keras.Sequential([
         keras.Input((image_size, image_size, channels)),
-        keras.layers.Conv2D(width, 3, padding="same", activation="relu", kernel_initializer="he_normal",
-                            data_format="channels_last", dtype=dtype),
+        keras.layers.Conv2D(width, 3, activation="relu", dtype=dtype, **CONV_OPTIONS),
         *[ResidualBlock(width << block, width << block + 1, dtype=dtype) for block in range(3)],
         keras.layers.Flatten("channels_last", dtype=dtype),
-        # Latents start near 0.1, for the reason that HyperNetwork gives; ours.
+        # Initial latents are near 0.1. The scale is our choice; `HyperNetwork` gives the reason.
         keras.layers.Dense(latent_dim, dtype=dtype,
                            kernel_initializer=keras.initializers.VarianceScaling(2e-3, "fan_in", "untruncated_normal")),
     ], name="encoder")
 
 
 def pixel_encoder(image_size, channels, latent_dim, dtype):
-    """First layer of the two-layer MLP that classifies pixels: images (N, S, S, C) -> (N, V). (Section 4.2.)"""
+    """First layer of the two-layer MLP that classifies pixels: images (N, S, S, C) -> latents (N, V) (section 4.2)."""
     return keras.Sequential([
         keras.Input((image_size, image_size, channels)),
         keras.layers.Flatten("channels_last", dtype=dtype),
@@ -145,12 +160,12 @@ def pixel_encoder(image_size, channels, latent_dim, dtype):
 
 @keras.saving.register_keras_serializable("hyperinr")
 class HyperNetwork(keras.layers.Layer):
-    """Latents (N, V) -> theta: for each kernel and each bias of the SIREN an MLP V -> V -> V -> numel. (Section 3.2.)
+    """Latents (N, V) -> theta: one MLP V -> V -> V -> numel for each kernel and each bias of the SIREN (section 3.2).
 
-    The last layers' kernels start He-normal divided by 100, their biases U(±1/inputs) where they become a kernel with
-    that many inputs, U(±1/V) where they become a bias (as in the hypernetworks of Sitzmann et al.). So for small v all
-    images start with nearly the same SIREN, of small values. With latents 25 times larger, as a Glorot start of the
-    encoder gives them, `quick` has 13.0 dB on MNIST after 300 steps, with these 18.6.
+    The kernel of an MLP's last layer starts as He-normal divided by 100. Its bias starts as U(±1/inputs) if the MLP
+    predicts a kernel with `inputs` inputs, and as U(±1/V) if it predicts a bias (as in the hypernetworks of Sitzmann et
+    al.). With small latents, all images therefore start with nearly the same SIREN, whose output is small. `quick`
+    reaches 18.6 dB on MNIST after 300 steps, but 13.0 dB with the 25 times larger latents of a Glorot-uniform encoder.
     """
 
     def __init__(self, latent_dim, dim, depth, channels, **kwargs):
@@ -164,7 +179,7 @@ class HyperNetwork(keras.layers.Layer):
                     keras.Input((latent_dim,)),
                     *[keras.layers.Dense(latent_dim, "relu", kernel_initializer="he_normal", dtype=self.dtype_policy)
                       for _ in range(2)],
-                    keras.layers.Dense(  # scale 2 would be He-normal
+                    keras.layers.Dense(  # a scale of 2 would be He-normal
                         math.prod(shape), dtype=self.dtype_policy,
                         kernel_initializer=keras.initializers.VarianceScaling(2e-4, "fan_in", "untruncated_normal"),
                         bias_initializer=keras.initializers.RandomUniform(-limit, limit)),
@@ -181,20 +196,17 @@ class HyperNetwork(keras.layers.Layer):
 
 
 def weight_tensor(theta):
-    """theta* (N, L+2, D, D): the kernels of all layers, each (outputs, inputs); the first is repeated along its inputs,
-    the last along its outputs, until they fill a square. (Section 4.1.)"""
+    """theta* (N, L+2, D, D): the kernels of all layers, transposed to (outputs, inputs). The first is repeated along
+    its inputs and the last along its outputs to fill a square (section 4.1)."""
     dim = theta[0][0].shape[-1]
-    squares = []
-    for kernel, _ in theta:
-        _, inputs, outputs = kernel.shape
-        tiled = ops.tile(ops.swapaxes(kernel, 1, 2), (1, -(-dim // outputs), -(-dim // inputs)))
-        squares.append(tiled[:, :dim, :dim])
-    return ops.stack(squares, axis=1)
+    tiled = [ops.tile(ops.swapaxes(kernel, 1, 2), (1, -(-dim // kernel.shape[2]), -(-dim // kernel.shape[1])))
+             for kernel, _ in theta]
+    return ops.stack([kernel[:, :dim, :dim] for kernel in tiled], axis=1)
 
 
 def latent_classifier(num_classes, latent_dim, hidden_layers, dtype):
-    """MLP: latents (N, V) -> logits (N, num_classes). One hidden layer (sections 4.1 and 5); none where `pixel_encoder`
-    is the hidden layer (section 4.2)."""
+    """MLP: latents (N, V) -> logits (N, num_classes). It has one hidden layer (sections 4.1 and 5), or none if
+    `pixel_encoder` is the hidden layer (section 4.2)."""
     return keras.Sequential([
         keras.Input((latent_dim,)),
         *[keras.layers.Dense(latent_dim, "relu", dtype=dtype) for _ in range(hidden_layers)],
@@ -204,8 +216,8 @@ def latent_classifier(num_classes, latent_dim, hidden_layers, dtype):
 
 @keras.saving.register_keras_serializable("hyperinr")
 class ToPicture(keras.layers.Layer):
-    """theta* (N, L+2, D, D) -> (N, D, D, L+2), each kernel times its number of inputs, since it starts as U(±1/inputs).
-    (The scale is ours. Keras's Permute and Rescaling would do it, but Rescaling looks for TensorFlow.)"""
+    """theta* (N, L+2, D, D) -> (N, D, D, L+2). Each kernel is multiplied by its number of inputs because it starts as
+    U(±1/inputs) (our choice). Keras's Permute and Rescaling do the same, but Rescaling tries to import TensorFlow."""
 
     def call(self, tensor):
         layers, dim = tensor.shape[1:3]
@@ -213,12 +225,12 @@ class ToPicture(keras.layers.Layer):
 
 
 def weight_classifier(num_classes, dim, depth, dtype):
-    """Four convolutions, three dense layers: theta* -> logits (N, num_classes). (Section 4.1; the widths are ours.)"""
+    """Four convolutions, three dense layers: theta* -> logits (N, num_classes) (section 4.1; our choice of widths)."""
     return keras.Sequential([
         keras.Input((depth + 2, dim, dim)),
         ToPicture(dtype=dtype),
-        *[keras.layers.Conv2D(width, 3, strides=2, padding="same", activation="relu", kernel_initializer="he_normal",
-                              data_format="channels_last", dtype=dtype) for width in (16, 32, 64, 64)],
+        *[keras.layers.Conv2D(width, 3, 2, activation="relu", dtype=dtype, **CONV_OPTIONS)
+          for width in (16, 32, 64, 64)],
         keras.layers.Flatten("channels_last", dtype=dtype),
         keras.layers.Dense(128, "relu", dtype=dtype),
         keras.layers.Dense(64, "relu", dtype=dtype),
@@ -230,8 +242,8 @@ def weight_classifier(num_classes, dim, depth, dtype):
 
 
 def fill_with_mean(images, mask):
-    """Images (N, H, W, C) with the mean of each one's other pixels where the boolean mask, (H, W) or (N, H, W), is
-    true. Raises ValueError for a mask of another shape or type, or one that leaves no pixel."""
+    """Images (N, H, W, C) where each pixel at which mask is true is replaced with the mean of its image's other pixels.
+    mask: boolean, (H, W) or (N, H, W). Raises ValueError if it has another type or shape, or covers a whole image."""
     images, mask = ops.convert_to_numpy(images), ops.convert_to_numpy(mask)
     if mask.dtype != bool or mask.shape not in (images.shape[1:3], images.shape[:3]):
         raise ValueError(f"mask must be boolean, of shape {images.shape[1:3]} or {images.shape[:3]}; got {mask.dtype}, "
@@ -246,46 +258,43 @@ def fill_with_mean(images, mask):
 class HyperINR(keras.Model):
     """Images (N, H, W, C), `float32` in [-1, 1] -> logits (N, num_classes).
 
-    The arguments are explained in `PAPER`. image_size: height and width S that the encoder sees; images of another size
-    are sampled at that one first. `dtype` is the policy of encoder, hypernetworks and classifier ("mixed_bfloat16" is
-    fine: parameters then arrive rounded); the SIREN computes in the variables' type. Raises ValueError for arguments
-    that make no sense.
+    `HYPERPARAMETERS` describes the arguments. image_size: height and width S of the encoder's input; images of another
+    size are resized for the encoder. dtype: policy of the encoder, the hypernetworks and the classifier. With
+    "mixed_bfloat16" the predicted parameters are rounded; the SIREN always computes in the type of the variables.
+    Raises ValueError for an unknown classifier and for sizes below 1.
 
-    Metrics: loss, that of section 5, in all four experiments; mse, the reconstruction's mean squared error on the scale
-    of [-1, 1]; psnr, the mean over images of 10 log10(4 / mse), in dB; accuracy.
+    Metrics: loss (of section 5, in all four experiments); mse, the mean squared error of the reconstruction for values
+    in [-1, 1]; psnr, the mean over images of 10 log10(4 / mse), in dB; accuracy.
     """
 
     def __init__(self, image_size=28, channels=1, num_classes=10, classifier="joint", latent_dim=256, encoder_width=32,
                  dim=256, depth=3, omega=30.0, latent_penalty=0.1, weight_penalty=100.0, task_weight=0.1, dtype=None,
                  **kwargs):
-        config = {name: value for name, value in locals().items()
+        config = {name: value for name, value in dict(locals()).items()
                   if name in {*PAPER, "image_size", "channels", "num_classes"}}
         policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
         super().__init__(dtype=policy.variable_dtype, **kwargs)
         if classifier not in ("joint", "latent", "weights", "pretrained"):
-            raise ValueError(f"classifier must be joint, latent, weights or pretrained; it is {classifier}")
+            raise ValueError(f"classifier must be joint, latent, weights or pretrained; got {classifier}")
         if min(image_size, channels, num_classes, latent_dim, encoder_width, dim, depth) < 1:
             raise ValueError("image_size, channels, num_classes, latent_dim, encoder_width, dim and depth must be at "
                              "least 1")
         self.config, self.experiment, self.omega = {**config, "dtype": policy.name}, classifier, omega
         self.image_size, self.channels = image_size, channels
         self.latent_penalty, self.weight_penalty, self.task_weight = latent_penalty, weight_penalty, task_weight
-        if classifier == "pretrained":
-            self.encoder = pixel_encoder(image_size, channels, latent_dim, policy)
-        else:
-            self.encoder = image_encoder(image_size, channels, latent_dim, encoder_width, policy)
-        if classifier == "weights":
-            self.classifier = weight_classifier(num_classes, dim, depth, policy)
-        else:
-            self.classifier = latent_classifier(num_classes, latent_dim, 0 if classifier == "pretrained" else 1, policy)
+        pretrained = classifier == "pretrained"
+        self.encoder = (pixel_encoder(image_size, channels, latent_dim, policy) if pretrained else
+                        image_encoder(image_size, channels, latent_dim, encoder_width, policy))
+        self.classifier = (weight_classifier(num_classes, dim, depth, policy) if classifier == "weights" else
+                           latent_classifier(num_classes, latent_dim, 0 if pretrained else 1, policy))
         self.hypernetwork = HyperNetwork(latent_dim, dim, depth, channels, dtype=policy)
-        self.render = render  # or its compiled form
+        self.render = render  # compile() may replace it with a compiled version
         self.trackers = [keras.metrics.Mean(name=name) for name in ("loss", "mse", "psnr")]
         self.trackers.append(keras.metrics.SparseCategoricalAccuracy(name="accuracy"))
         self.built = True
 
     def encode(self, images):
-        """Latents v (N, V) of images (N, H, W, C) in [-1, 1]. Raises ValueError for a wrong number of channels."""
+        """Latents v (N, V) of images (N, H, W, C) in [-1, 1]. Raises ValueError for images of another shape."""
         if len(images.shape) != 4 or images.shape[-1] != self.channels:
             raise ValueError(f"images must be (N, H, W, {self.channels}); got {tuple(images.shape)}")
         if tuple(images.shape[1:3]) != (self.image_size, self.image_size):
@@ -293,25 +302,23 @@ class HyperINR(keras.Model):
         return self.encoder(images)
 
     def classify(self, latents, theta):
-        """Logits, from theta* or from v."""
+        """Logits (N, num_classes): of theta* in the experiment `weights`, of the latents in the others."""
         return self.classifier(weight_tensor(theta) if self.experiment == "weights" else latents)
 
     def call(self, images, training=False):
         latents = self.encode(images)
         return self.classify(latents, self.hypernetwork(latents) if self.experiment == "weights" else None)
 
-    # ---- Image operations (section 3.3, appendix A). Each encodes what it gets and asks the SIREN for a picture. ----
+    # ---- Image operations (section 3.3, appendix A): encode the images, then render their SIRENs ----
 
     def reconstruct(self, images, size=None):
-        """The SIREN's picture of images (N, H, W, C) in [-1, 1]: a `float32` array (N, height, width, C).
-
-        size: (height, width), any, since the SIREN is a function of continuous coordinates; None: H, W.
-        """
+        """Renders the SIRENs of images (N, H, W, C) in [-1, 1]: a `float32` array (N, height, width, C). size: (height,
+        width), the images' own by default; any size is possible because the SIREN is a continuous function."""
         images = ops.convert_to_tensor(images, self.dtype)
-        height, width = size or images.shape[1:-1]
+        height, width = size or images.shape[1:3]
         grid, rows = coordinates(height, width, self.dtype), []
         with torch.no_grad():
-            for batch in torch.split(images, 64):  # parts, to bound the memory: 64 images, 65,536 pixels at a time
+            for batch in torch.split(images, 64):  # 64 images and 65,536 pixels at a time, to limit memory use
                 theta = self.hypernetwork(self.encode(batch))
                 parts = [render(theta, coords, self.omega) for coords in torch.split(grid, 65_536 // len(batch))]
                 rows.append(ops.concatenate(parts, axis=1))
@@ -319,18 +326,18 @@ class HyperINR(keras.Model):
         return ops.convert_to_numpy(ops.cast(pictures, "float32"))
 
     def upsample(self, images, factor):
-        """Images (N, H, W, C) -> (N, factor*H, factor*W, C), rounded: the SIREN on a denser grid. Raises ValueError for
-        a factor below 1."""
+        """Renders the SIRENs on a denser grid: images (N, H, W, C) -> (N, factor*H, factor*W, C), sizes rounded. Raises
+        ValueError if factor is below 1."""
         if not factor >= 1:
-            raise ValueError(f"factor must be at least 1; it is {factor}")
+            raise ValueError(f"factor must be at least 1; got {factor}")
         return self.reconstruct(images, [round(factor * side) for side in images.shape[1:3]])
 
     def inpaint(self, images, mask, steps=8):
-        """Fills holes: images (N, H, W, C) -> the same shape, as they were but where mask is true.
+        """Fills holes: images (N, H, W, C) -> the same shape, unchanged except where mask is true.
 
-        mask: boolean, (H, W) or (N, H, W). The hole's own pixels have no influence: the encoder first sees the mean of
-        the image's others there, and then, steps - 1 times, what the SIREN drew in the hole the time before. (The
-        paper takes one step; eight gained 1.7 dB on MNIST.) Raises ValueError as `fill_with_mean` does.
+        mask: boolean, (H, W) or (N, H, W). The masked pixels have no influence on the result: they are replaced first
+        with the mean of the other pixels and then, `steps` times, with the reconstruction of the image so far. (The
+        paper uses one step; eight steps gain 1.7 dB on MNIST.) Raises ValueError as `fill_with_mean` does.
         """
         filled, hole = fill_with_mean(images, mask), ops.convert_to_numpy(mask)[..., None]
         for _ in range(steps):
@@ -338,47 +345,46 @@ class HyperINR(keras.Model):
         return filled
 
     def denoise(self, images):
-        """Noisy images (N, H, W, C) -> the same shape: the reconstruction, in which noise, unlike all that the training
-        images had in common, finds no place."""
+        """Noisy images (N, H, W, C) -> the same shape: the reconstruction. The SIREN reproduces structure seen in
+        training, so noise is suppressed."""
         return self.reconstruct(images)
 
     # ---- Training ----
 
     def compile(self, total_steps, hyper_rate=5e-5, classifier_rate=1e-2, separate_rate=1e-3, classifier_part=0.2,
                 final_rate=1.0, jit_compile=False):
-        """Two Adam optimizers: of the hypernetworks (and the encoder), and of the classifier.
+        """Creates two Adam optimizers, one for reconstruction and one for classification (see `variable_groups`).
 
-        total_steps: epochs times batches of the training to come. `joint` uses both optimizers in all of them;
-        `latent` and `weights` the second in the last classifier_part of them, `pretrained` in the first, and the other
-        in the rest. Over its steps each rate falls to final_rate of itself. jit_compile compiles the SIREN, a pure
-        function, with `torch.compile`. Raises ValueError where a part is not between 0 and 1.
+        total_steps: epochs times batches. `joint` uses both optimizers in every step. In the other experiments, a
+        fraction of the steps, classifier_part, trains the classifier: the last steps in `latent` and `weights`, the
+        first in `pretrained`. The remaining steps train the reconstruction. Each learning rate falls along a cosine to
+        final_rate times its initial value over the steps of its optimizer. jit_compile: compile the SIREN, a pure
+        function, with `torch.compile`. Raises ValueError unless 0 < classifier_part < 1 and 0 <= final_rate <= 1.
         """
         if not 0 < classifier_part < 1 or not 0 <= final_rate <= 1:
-            raise ValueError("classifier_part, a part of the steps, and final_rate, a part of the learning rates, must "
-                             f"be between 0 and 1; they are {classifier_part} and {final_rate}")
-        self.compile_config = {name: value for name, value in locals().items()
-                               if name in {*PAPER, "total_steps"}}  # not jit_compile: that is this process's choice
+            raise ValueError("classifier_part, a fraction of the steps, and final_rate, a fraction of the rates, must "
+                             f"be between 0 and 1; got {classifier_part} and {final_rate}")
+        self.compile_config = {name: value for name, value in dict(locals()).items()
+                               if name in {*PAPER, "total_steps"}}  # jit_compile is not saved: each process chooses it
         super().compile(optimizer=None, jit_compile=False)
         self.render = torch.compile(render, fullgraph=True) if jit_compile else render
-        if self.experiment == "joint":
-            rates, self.steps = (hyper_rate, classifier_rate), (total_steps, total_steps)
-        else:
+        rates, self.steps = (hyper_rate, classifier_rate), (total_steps, total_steps)
+        if self.experiment != "joint":
             part = min(max(1, round(classifier_part * total_steps)), total_steps - 1)
             rates, self.steps = (hyper_rate, separate_rate), (total_steps - part, part)
-        self.optimizers = [  # an attribute of the model, so saved and restored with it
+        self.optimizers = [  # an attribute of the model, so Keras saves and restores it
             keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(rate, max(1, steps), final_rate), epsilon=1e-8)
             for rate, steps in zip(rates, self.steps)]
         for optimizer, variables in zip(self.optimizers, self.variable_groups()):
             optimizer.build(variables)
 
     def variable_groups(self):
-        """Variables that learn to reconstruct, variables that learn to classify: two lists, in the optimizers' order."""
-        encoder, hyper, classifier = (part.trainable_variables
-                                      for part in (self.encoder, self.hypernetwork, self.classifier))
+        """Two lists in the order of `optimizers`: the variables trained for reconstruction and for classification."""
+        encoder, hyper, classifier = (x.trainable_variables for x in (self.encoder, self.hypernetwork, self.classifier))
         return (hyper, encoder + classifier) if self.experiment == "pretrained" else (encoder + hyper, classifier)
 
     def learning(self):
-        """Which of the two groups learn in the coming step, told by the steps that the first to learn has made."""
+        """For each of the two groups, whether the next step trains it. The first optimizer's step count decides."""
         if self.experiment == "joint":
             return True, True
         first = 1 if self.experiment == "pretrained" else 0
@@ -386,17 +392,18 @@ class HyperINR(keras.Model):
         return begins == (first == 0), begins == (first == 1)
 
     def losses(self, images, labels, sample_weight=None):
-        """Logits (N, num_classes), reconstruction errors (N,), and the two parts of the loss: reconstruction with both
-        penalties; cross entropy, to which alone sample_weight (N,) applies, times task_weight. (Section 5, with means
-        for its norms, as Sitzmann et al. have them.)"""
+        """Logits (N, num_classes), reconstruction errors (N,), and the two terms of the loss (section 5).
+
+        The terms are the reconstruction error with both penalties, and the cross entropy times task_weight.
+        sample_weight (N,) applies to the cross entropy only. Means replace the paper's norms, as in Sitzmann et al.
+        """
         latents = self.encode(images)
-        # Where the parts learn one after the other, no gradient is computed for the one that does not.
+        # Except in `joint`, backpropagation stops between the two groups of variables.
         theta = self.hypernetwork(ops.stop_gradient(latents) if self.experiment == "pretrained" else latents)
         rendered = self.render(theta, coordinates(*images.shape[1:3], self.dtype), self.omega)
         errors = ops.mean(ops.square(rendered - ops.reshape(images, rendered.shape)), axis=(1, 2))
-        numbers = [tensor for pair in theta for tensor in pair]
-        mean_square_theta = (sum(ops.sum(ops.square(tensor)) for tensor in numbers)
-                             / sum(math.prod(tensor.shape) for tensor in numbers))
+        tensors = [tensor for pair in theta for tensor in pair]
+        mean_square_theta = sum(ops.sum(ops.square(x)) for x in tensors) / sum(math.prod(x.shape) for x in tensors)
         reconstruction = (ops.mean(errors) + self.latent_penalty * ops.mean(ops.square(latents))
                           + self.weight_penalty * mean_square_theta)
         if self.experiment in ("latent", "weights"):
@@ -406,29 +413,28 @@ class HyperINR(keras.Model):
         return logits, errors, reconstruction, self.task_weight * cross_entropy
 
     def train_step(self, data):
+        return self.step(data, self.learning())
+
+    def test_step(self, data):
+        return self.step(data, (False, False))
+
+    def step(self, data, learning):
+        """Trains the groups for which `learning` is true on one batch and updates the metrics; returns them by name."""
         images, labels, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        logits, errors, *parts = self.losses(images, labels, sample_weight)
-        learning = self.learning()
-        self.zero_grad()
-        sum(part for part, learns in zip(parts, learning) if learns).backward()
+        logits, errors, *terms = self.losses(images, labels, sample_weight)
+        if any(learning):
+            self.zero_grad()
+            sum(term for term, learns in zip(terms, learning) if learns).backward()
         with torch.no_grad():
             for optimizer, variables, learns in zip(self.optimizers, self.variable_groups(), learning):
                 if learns:
                     optimizer.apply([variable.value.grad for variable in variables], variables)
-            return self.update_metrics(labels, logits, errors, sum(parts), sample_weight)
-
-    def test_step(self, data):
-        images, labels, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        logits, errors, *parts = self.losses(images, labels, sample_weight)
-        return self.update_metrics(labels, logits, errors, sum(parts), sample_weight)
-
-    def update_metrics(self, labels, logits, errors, total, sample_weight):
-        loss, mse, psnr, accuracy = self.trackers
-        loss.update_state(total, sample_weight=len(errors))
-        mse.update_state(errors)
-        psnr.update_state(10 * ops.log10(4 / errors))
-        accuracy.update_state(labels, logits, sample_weight)
-        return self.get_metrics_result()
+            loss, mse, psnr, accuracy = self.trackers
+            loss.update_state(sum(terms), sample_weight=len(errors))
+            mse.update_state(errors)
+            psnr.update_state(10 * ops.log10(4 / errors))
+            accuracy.update_state(labels, logits, sample_weight)
+            return self.get_metrics_result()
 
     @property
     def metrics(self):
@@ -442,3 +448,53 @@ class HyperINR(keras.Model):
 
     def compile_from_config(self, config):
         self.compile(**config)
+
+
+# ---- What train.py asks for ----
+
+
+def build(options, dataset, steps_per_epoch):
+    """The models of a run: [("", compiled model, epochs)]. Raises ValueError as `HyperINR` and its `compile` do."""
+    size, _, channels = dataset.image_shape
+    model = HyperINR(size, channels, len(dataset.class_names), options.classifier, options.latent_dim,
+                     options.encoder_width, options.dim, options.depth, options.omega, options.latent_penalty,
+                     options.weight_penalty, options.task_weight)
+    model.compile(options.epochs * steps_per_epoch, options.hyper_rate, options.classifier_rate, options.separate_rate,
+                  options.classifier_part, options.final_rate, options.compile)
+    return [("", model, options.epochs)]
+
+
+def report(models, images, labels, class_names, finer):
+    """Mean PSNR in dB of each image operation and of a baseline without a model; figures. Images are upsampled by 4 if
+    finer provides the ground truth, and otherwise from half their size. A hole has a third of the height and of the
+    width. The noise is Gaussian with a standard deviation of 0.5; the noisy images are clipped to [-1, 1]."""
+    def psnr(truth, pictures):  # (N,), in dB, at most 100 because JSON has no infinity
+        return 10 * np.log10(4 / np.maximum(np.square(truth - pictures).mean(axis=(1, 2, 3)), 4e-10))
+
+    model, rng, (height, width) = models["hyperinr"], np.random.default_rng(0), images.shape[1:3]
+    half = ops.convert_to_numpy(resize(images, (max(1, height // 2), max(1, width // 2))))
+    coarse, fine = (images, finer(len(images), 4)) if finer else (half, images)
+    top, left = (rng.integers(0, side - side // 3, (len(images), 1, 1)) for side in (height, width))
+    rows, columns = np.arange(height)[:, None] - top, np.arange(width) - left
+    hole = (0 <= rows) & (rows < height // 3) & (0 <= columns) & (columns < width // 3)      # (N, H, W)
+    noisy = np.clip(images + rng.normal(0, 0.5, images.shape), -1, 1).astype("float32")
+    bilinear = ops.convert_to_numpy(resize(coarse, fine.shape[1:3]))
+    results, operations = {}, []
+    for operation, baseline, degraded, output, truth in (
+            ("upsample", "bilinear", bilinear, model.reconstruct(coarse, fine.shape[1:3]), fine),
+            ("inpaint", "mean-filled", fill_with_mean(images, hole), model.inpaint(images, hole), images),
+            ("denoise", "noisy", noisy, model.denoise(noisy), images)):
+        before, after = psnr(truth, degraded), psnr(truth, output)
+        results[operation] = {"psnr": float(after.mean()), baseline: float(before.mean())}
+        operations.append([cell for i in range(len(images[:2])) for cell in (
+            (images[i], "image"), (degraded[i], f"{baseline}\n{before[i]:.1f} dB"),
+            (output[i], f"{operation}\n{after[i]:.1f} dB"), (truth[i], "ground truth"))])
+    pictures = model.reconstruct(images[:8])
+    reconstructions = [[(image, "input"), (picture, f"INR\n{value:.1f} dB")]
+                       for image, picture, value in zip(images, pictures, psnr(images[:8], pictures))]
+    return results, {"reconstructions": reconstructions, "operations": operations}
+
+
+TASKS = {"classify": types.SimpleNamespace(
+    presets=PRESETS, hyperparameters=HYPERPARAMETERS, build=build, report=report,
+    ablations={"classifier": [{"classifier": name} for name in ("joint", "latent", "weights", "pretrained")]})}

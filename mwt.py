@@ -1,28 +1,29 @@
-"""Meta Weight Transformer (MWT): classify an image by the weights of the small network that represents it.
+"""Meta Weight Transformer (MWT): classifies an image by the weights of the small network that represents it.
 
 Gielisse & van Gemert, "End-to-End Implicit Neural Representations for Classification", CVPR 2025.
 
-A SIREN maps a coordinate to a colour: coords -> sine layers -> head -> pixel. For every image the same learned
-initialisation is adapted by K steps of gradient descent on that image's reconstruction error, with a learned step size
-for every parameter and every step. What the K steps changed, the weights' offsets, becomes a sequence of tokens, one
-per neuron, and a Transformer classifies them. Training goes through the adaptation: initialisation, step sizes and
-Transformer learn together, so that a few steps suffice to draw the image and the offsets tell its class.
+A SIREN maps a coordinate to a colour: coords -> sine layers -> head -> pixel. For every image, K steps of gradient
+descent on the reconstruction error adapt the same learned initialization, with a learned step size for every parameter
+and step. The offsets of the weights, which is how much the K steps changed them, become a sequence of tokens, one per
+neuron, and a Transformer classifies them. Training differentiates through the adaptation: initialization, step sizes
+and Transformer are trained together, so that a few steps suffice and the offsets separate the classes.
 
-The K gradients are written out below (`inner_step`): backpropagation through a sine MLP is a dozen lines. The whole
-training step is thus an ordinary forward graph with a single `backward()`, without second-order differentiation.
+The K gradients are written out below (`inner_step`): backpropagation through a sine MLP takes a dozen lines. The
+training step is therefore an ordinary forward graph with a single `backward()`, without second-order differentiation.
 
     symbol    shape                     meaning
     N P C     -                         images, points (pixels) of one image, colour channels
     D L K     -                         width of the SIREN, its hidden layers D -> D, inner steps
     coords    (P, 2) or (N, P, 2)       row and column, each from -1 to 1
     pixels    (N, P, C)                 colours at coords, from -1 to 1
-    weights   L+1 arrays (N, in+1, D)   one sine layer each: the kernel, and the bias as its last row
-    head      (D+1, C)                  last, linear layer, the same for all images: kernel, bias
+    weights   L+1 arrays (N, in+1, D)   one sine layer each: the kernel, with the bias as its last row
+    head      (D+1, C)                  last, linear layer, shared by all images: kernel and bias
     tokens    (N, L*D, D+1)             one per neuron of the L hidden layers: offsets of its incoming weights and bias
 """
 
 import math
 import os
+import types
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
@@ -33,35 +34,39 @@ from keras import ops
 if keras.backend.backend() != "torch":
     raise ImportError("this file needs Keras on PyTorch: set KERAS_BACKEND=torch before keras is imported")
 
-# Hyperparameters of the paper; the settings that it names differ from it in one entry each.
-PAPER = dict(
-    dim=128,               # D, also the Transformer's width
-    depth=4,               # L
-    omega=10.0,            # frequency of the first layer; the paper takes 30 for Imagenette and ImageNet
-    inner_steps=6,         # K
-    shared_step_sizes=False,  # True: one set of step sizes for all steps
-    subsample=1.0,         # part of the points that each inner step sees in training; the paper: 0.1 on Imagenette
-    blocks=10,             # of the Transformer
-    mlp_ratio=1,           # hidden width of its MLPs, in D
-    token_scale=500.0,     # offsets are small: this brings tokens to the order of 1
-    task_weight=0.01,      # part of the classifier's gradient that reaches the SIREN and the step sizes
-    siren_rate=1e-4,       # peak learning rates of the three groups
-    step_size_rate=1e-2,
-    classifier_rate=1e-4,
-    warmup=0.05,           # part of all steps in which the rates rise
-    weight_decay=1e-4,
-    clip_norm=1.0,         # of the gradient of each group
-    batch_size=16,
-    epochs=10,             # MNIST, Fashion-MNIST, CIFAR-10; 40 for Imagenette and ImageNet
-)
+# Each hyperparameter: the paper's value, and what it is.
+HYPERPARAMETERS = {
+    "dim": (128, "width D of the SIREN and of the Transformer"),
+    "depth": (4, "number of hidden layers of the SIREN"),
+    "omega": (10.0, "frequency of the SIREN's first layer; the paper uses 30 for Imagenette and ImageNet"),
+    "inner_steps": (6, "number of gradient steps that adapt the SIREN to an image"),
+    "inner_steps_test": (0, "inner steps outside of training, 0: as in training; more need shared step sizes"),
+    "shared_step_sizes": (False, "use the same step sizes in all inner steps"),
+    "subsample": (1.0, "fraction of the points that an inner step uses in training; the paper uses 0.1 for Imagenette"),
+    "blocks": (10, "number of Transformer blocks"),
+    "mlp_ratio": (1, "hidden width of the Transformer's MLPs, as a multiple of D"),
+    "token_scale": (500.0, "factor that brings the tokens, which are small, to the order of 1"),
+    "task_weight": (0.01, "factor of the classifier's gradient for the SIREN and the step sizes"),
+    "sequential": (False, "train the SIREN in the first half of the steps and the classifier in the second"),
+    "siren_rate": (1e-4, "peak learning rate of the SIREN"),
+    "step_size_rate": (1e-2, "peak learning rate of the step sizes"),
+    "classifier_rate": (1e-4, "peak learning rate of the classifier"),
+    "warmup": (0.05, "fraction of the training steps in which the learning rates rise"),
+    "weight_decay": (1e-4, "weight decay of AdamW"),
+    "clip_norm": (1.0, "largest gradient norm of each of the three groups of variables"),
+    "batch_size": (16, "images per step"),
+    "epochs": (10, "the paper uses 10 for MNIST, Fashion-MNIST and CIFAR-10, 40 for Imagenette and ImageNet"),
+}
+PAPER = {name: value for name, (value, _) in HYPERPARAMETERS.items()}
 PRESETS = {
-    # The best accuracy on MNIST within 15 minutes on two CPU cores, found on held-out training images.
+    # The best accuracy on held-out training images of MNIST that 15 minutes on two CPU cores allow.
     "quick": {**PAPER, "dim": 64, "depth": 1, "inner_steps": 6, "subsample": 0.25, "blocks": 3, "task_weight": 0.3,
               "siren_rate": 3e-3, "step_size_rate": 3e-2, "classifier_rate": 2e-3, "batch_size": 32, "epochs": 4},
-    "paper": PAPER,                                      # MWT
-    "paper-large": {**PAPER, "dim": 256},                # MWT-L
-    "paper-wide": {**PAPER, "mlp_ratio": 4},             # MWT-W
-    "paper-separate": {**PAPER, "task_weight": 0.0},     # WT-sim
+    "paper": PAPER,                                                                            # MWT
+    "paper-large": {**PAPER, "dim": 256},                                                      # MWT-L
+    "paper-wide": {**PAPER, "mlp_ratio": 4},                                                   # MWT-W
+    "paper-separate": {**PAPER, "task_weight": 0.0},                                           # WT-sim
+    "paper-sequential": {**PAPER, "task_weight": 0.0, "sequential": True, "epochs": 20},       # WT-seq
 }
 
 
@@ -69,13 +74,13 @@ PRESETS = {
 
 
 def coordinates(height, width, dtype="float32"):
-    """Grid of pixel centres on [-1, 1]², rows first: (height * width, 2), each point (row, column)."""
+    """Grid of pixel centers on [-1, 1]², row by row: (height * width, 2), each point (row, column)."""
     rows, columns = ops.linspace(-1.0, 1.0, height, dtype=dtype), ops.linspace(-1.0, 1.0, width, dtype=dtype)
     return ops.reshape(ops.stack(ops.meshgrid(rows, columns, indexing="ij"), axis=-1), (-1, 2))
 
 
 def affine(inputs, matrix):
-    """inputs (…, P, in) times the kernel of matrix (…, in+1, out), plus the bias in its last row: (…, P, out)."""
+    """Dense layer: inputs (…, P, in), matrix (…, in+1, out) with the bias as its last row -> (…, P, out)."""
     return inputs @ matrix[..., :-1, :] + matrix[..., -1:, :]
 
 
@@ -85,7 +90,7 @@ def mean_square(residual):
 
 
 def render(weights, head, coords, omega):
-    """The SIREN: colours (N, P, C) at coords, or (P, C) where neither weights nor coords differ per image.
+    """The SIREN: colours (N, P, C) at coords, or (P, C) if neither weights nor coords have an axis N.
 
     sin(omega * (coords W0 + b0)), then sin(h W + b) per hidden layer, then the head, as published.
     """
@@ -96,7 +101,7 @@ def render(weights, head, coords, omega):
 
 
 class SinCos(torch.autograd.Function):
-    """sin(x) and cos(x) at once. Each is the other's derivative, so backward needs neither x nor new sines."""
+    """sin(x) and cos(x) together. Each is the other's derivative up to sign, so backward computes neither again."""
 
     @staticmethod
     def forward(ctx, x):
@@ -111,12 +116,12 @@ class SinCos(torch.autograd.Function):
 
 
 def inner_step(weights, step_sizes, head, coords, pixels, omega):
-    """One step of gradient descent on the mean squared error of each image, the step sizes being elementwise factors.
+    """One step of gradient descent on the mean squared error of each image, with elementwise step sizes.
 
-    Before the first step all images share their weights, which then have no axis N: they broadcast, and what all
-    images share is computed once.
+    Before the first step all images share the same weights, which then have no axis N and broadcast; what the images
+    share is computed once.
 
-    Returns the new weights and the error (N,) of the old ones. (Paper: inner loop of Algorithm 1.)
+    Returns the new weights and the error (N,) of the old weights. (Paper: inner loop of Algorithm 1.)
     """
     inputs, slopes = [coords], []
     for layer, matrix in enumerate(weights):
@@ -141,10 +146,10 @@ def inner_step(weights, step_sizes, head, coords, pixels, omega):
 
 
 def inner_loop(weights, step_sizes, head, samples, omega):
-    """K inner steps, a pure function.
+    """K inner steps. A pure function.
 
-    step_sizes: K lists like weights. samples: K+1 pairs (coords, pixels), the last for the error after the last step.
-    Returns the adapted weights and the errors (K+1, N) before the first and after each step.
+    step_sizes: K lists with the structure of weights. samples: K+1 pairs (coords, pixels), the last one for the error
+    after the last step. Returns the adapted weights and the errors (K+1, N) before the first and after each step.
     """
     errors = []
     for rates, (coords, pixels) in zip(step_sizes, samples):
@@ -157,20 +162,21 @@ def inner_loop(weights, step_sizes, head, samples, omega):
 
 @keras.saving.register_keras_serializable("mwt")
 class MetaSiren(keras.layers.Layer):
-    """Learned initialisation, step sizes and head of the SIREN; adapts them to images.
+    """Learned initialization, step sizes and head of the SIREN; adapts the SIREN to images.
 
     Initial values as published: first kernel U(±1/2), hidden kernels U(±sqrt(6/D)), biases 0; step sizes U(0.1, 1);
     head U(±1/sqrt(D)), times a scale per channel that starts at 0.1.
     """
 
-    def __init__(self, channels, dim, depth, omega, inner_steps, shared_step_sizes, subsample, **kwargs):
+    def __init__(self, channels, dim, depth, omega, inner_steps, inner_steps_test, shared_step_sizes, subsample,
+                 **kwargs):
         super().__init__(**kwargs)
-        self.omega, self.subsample = omega, subsample
-        self.inner_steps, self.shared_step_sizes = inner_steps, shared_step_sizes
+        self.omega, self.subsample, self.shared_step_sizes = omega, subsample, shared_step_sizes
+        self.inner_steps, self.inner_steps_test = inner_steps, inner_steps_test or inner_steps
         self.seed_generator = keras.random.SeedGenerator()
         self.inner_loop = inner_loop  # or its compiled form
         uniform = keras.initializers.RandomUniform
-        self.initial, self.step_sizes = [], []  # two groups of variables, each with an optimizer of its own
+        self.initial, self.step_sizes = [], []  # two groups of variables, each with its own optimizer
         for layer in range(depth + 1):
             inputs, limit = (dim, math.sqrt(6 / dim)) if layer else (2, 1 / 2)
             shape = (inputs + 1, dim)
@@ -184,46 +190,50 @@ class MetaSiren(keras.layers.Layer):
         self.head_scale = self.add_weight(shape=(channels,), name="head_scale",
                                           initializer=keras.initializers.Constant(0.1))
         self.built = True
+        self.parameters_for(self.inner_steps_test)  # raises ValueError if there are no step sizes for them
 
     def parameters_for(self, steps):
-        """Initial weights, head with its scale, and the step sizes of `steps` inner steps, as tensors."""
+        """Initial weights, head times its scale, and the step sizes of `steps` inner steps, as tensors."""
         if steps > self.inner_steps and not self.shared_step_sizes:
-            raise ValueError(f"this model has step sizes for {self.inner_steps} inner steps, not for {steps}: take "
-                             "fewer, or train with shared_step_sizes=True")
+            raise ValueError(f"the model has step sizes for {self.inner_steps} inner steps, not for {steps}: use fewer "
+                             "steps, or train with shared_step_sizes=True")
         rates = [[matrix[0 if self.shared_step_sizes else step] for matrix in self.step_sizes] for step in range(steps)]
         return [ops.convert_to_tensor(matrix) for matrix in self.initial], self.head * self.head_scale, rates
 
     def sample_points(self, images, training):
-        """K+1 pairs (coords, pixels): in training a new random part of the points for each image and pair, else all."""
+        """One pair (coords, pixels) for each inner step and one more. In training each pair has its own random subset
+        of the points of each image, otherwise all points."""
         count, height, width, channels = images.shape
         if channels != self.head.shape[1]:
             raise ValueError(f"images must have {self.head.shape[1]} channels in their last axis; got {images.shape}")
         coords = coordinates(height, width, self.dtype)
         pixels = ops.reshape(images, (count, -1, channels))
         points = max(1, round(self.subsample * height * width))
+        steps = self.inner_steps if training else self.inner_steps_test
         if not training or points == height * width:
-            return [(coords, pixels)] * (self.inner_steps + 1)
-        # The largest of random numbers: drawn without replacement, several times faster than by sorting.
-        random = keras.random.uniform((self.inner_steps + 1, count, height * width), seed=self.seed_generator)
+            return [(coords, pixels)] * (steps + 1)
+        # Drawn without replacement: the positions of the largest random numbers. Sorting takes several times longer.
+        random = keras.random.uniform((steps + 1, count, height * width), seed=self.seed_generator)
         _, chosen = ops.top_k(random, points, sorted=False)
         return [(ops.take(coords, drawn, axis=0), ops.take_along_axis(pixels, drawn[..., None], axis=1))
                 for drawn in ops.unstack(chosen)]
 
     def call(self, images, training=False):
         """images (N, H, W, C) in [-1, 1] -> tokens (N, L*D, D+1), errors (K+1, N)."""
-        initial, head, rates = self.parameters_for(self.inner_steps)
-        adapted, errors = self.inner_loop(initial, rates, head, self.sample_points(images, training), self.omega)
-        # Token l*D + j: what changed in the weights into neuron j of hidden layer l, its bias last. The first layer is
-        # left out, as published.
+        samples = self.sample_points(images, training)
+        initial, head, rates = self.parameters_for(len(samples) - 1)
+        adapted, errors = self.inner_loop(initial, rates, head, samples, self.omega)
+        # Token l*D + j: the offsets of the weights into neuron j of hidden layer l, then that of its bias. The first
+        # layer has no tokens, as published.
         offsets = [ops.swapaxes(new - old, -2, -1) for new, old in zip(adapted[1:], initial[1:])]
         return ops.concatenate(offsets, axis=1), errors
 
 
-# ---- The Transformer that classifies tokens ----
+# ---- The Transformer that classifies the tokens ----
 
 
 def linear(inputs, units, **kwargs):
-    """Dense layer with PyTorch's initial values, which the published code relies on: U(±1/sqrt(inputs))."""
+    """Dense layer with PyTorch's default initialization, as in the published code: U(±1/sqrt(inputs))."""
     def uniform():
         return keras.initializers.RandomUniform(-1 / math.sqrt(inputs), 1 / math.sqrt(inputs))
     return keras.layers.Dense(units, kernel_initializer=uniform(), bias_initializer=uniform(), **kwargs)
@@ -231,7 +241,7 @@ def linear(inputs, units, **kwargs):
 
 @keras.saving.register_keras_serializable("mwt")
 class LearnedBase(keras.layers.Layer):
-    """scale * (tokens + base): the learned base (T, D+1), which starts at 0, tells the tokens apart."""
+    """scale * (tokens + base). The learned base (L*D, D+1) starts at 0 and identifies the neurons."""
 
     def __init__(self, shape, scale, **kwargs):
         super().__init__(**kwargs)
@@ -244,7 +254,7 @@ class LearnedBase(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable("mwt")
 class Block(keras.layers.Layer):
-    """x + scale * attention(norm(x)), then x + scale * mlp(norm(x)); the scales are per channel and start at 0.1."""
+    """x + scale1 * attention(norm(x)), then x + scale2 * mlp(norm(x)); both scales are per channel and start at 0.1."""
 
     def __init__(self, dim, mlp_ratio, **kwargs):
         super().__init__(**kwargs)
@@ -282,47 +292,34 @@ def weight_transformer(num_classes, dim, depth, blocks, mlp_ratio, token_scale, 
 # ---- Training ----
 
 
-@keras.saving.register_keras_serializable("mwt")
-class OneCycle(keras.optimizers.schedules.LearningRateSchedule):
-    """The rate rises from peak/25 to peak during `warmup`, then falls to peak/250,000, both along half a cosine; `beta_1`
-    moves against it, from 0.95 to 0.85 and back. (Smith & Topin, arXiv:1708.07120, with PyTorch's defaults.)"""
+def one_cycle(step, total_steps, warmup):
+    """Learning rate as a fraction of its peak, and Adam's beta_1, in a training step (from 0).
 
-    def __init__(self, peak, total_steps, warmup):
-        self.peak, self.total_steps, self.warmup = peak, total_steps, warmup
-
-    def height(self, step):
-        """How far the rate is between its lowest (0) and its peak (1), and whether it still rises."""
-        top, end = self.warmup * self.total_steps - 1, self.total_steps - 1
-        rising = step < top
-        way = step / top if rising else 1 + min(1, (step - top) / max(1, end - top))  # 0 first, 1 at the peak, 2 last
-        return (1 - math.cos(math.pi * way)) / 2, rising
-
-    def __call__(self, step):
-        height, rising = self.height(int(step))
-        lowest = self.peak / 25 if rising else self.peak / 250_000
-        return lowest + (self.peak - lowest) * height
-
-    def beta_1(self, step):
-        return 0.95 - 0.1 * self.height(int(step))[0]
-
-    def get_config(self):
-        return {"peak": self.peak, "total_steps": self.total_steps, "warmup": self.warmup}
+    The rate rises from 1/25 to 1 in the first `warmup` fraction of the steps, then falls to 1/250,000, both along half
+    a cosine; beta_1 falls from 0.95 to 0.85 and rises again. (Smith & Topin, arXiv:1708.07120; PyTorch's defaults.)
+    """
+    top, end = warmup * total_steps - 1, total_steps - 1
+    rising = step < top
+    progress = step / top if rising else 1 + min(1, (step - top) / max(1, end - top))  # 0 first, 1 at the peak, 2 last
+    height, lowest = (1 - math.cos(math.pi * progress)) / 2, 1 / 25 if rising else 1 / 250_000
+    return lowest + (1 - lowest) * height, 0.95 - 0.1 * height
 
 
 @keras.saving.register_keras_serializable("mwt")
 class MWT(keras.Model):
     """Images (N, H, W, C), `float32` in [-1, 1] -> logits (N, num_classes).
 
-    The arguments are explained in `PAPER`. H and W are free, and may differ between training and use. `dtype` is the
-    policy of the Transformer ("mixed_bfloat16" is fine); the SIREN keeps to its variables' type, because in bfloat16
-    the inner loop's gradients are off by tens of percent. Raises ValueError for arguments that make no sense.
+    `HYPERPARAMETERS` explains the arguments. H and W are arbitrary and may differ between training and use. `dtype` is
+    the policy of the Transformer; the SIREN uses the type of its variables, because in bfloat16 the relative error of
+    the inner loop's gradients is tens of percent. Raises ValueError for invalid arguments.
 
-    Metrics: loss = mse + cross entropy; mse, the reconstruction's mean squared error after the last inner step, on the
-    scale of [-1, 1]; psnr, the mean over images of 10 log10(4 / mse), in dB; accuracy.
+    Metrics: loss = mse + cross entropy; mse, the mean squared error of the reconstruction after the last inner step, on
+    the scale of [-1, 1]; psnr, the mean over images of 10 log10(4 / mse), in dB; accuracy.
     """
 
-    def __init__(self, channels=1, num_classes=10, dim=128, depth=4, omega=10.0, inner_steps=6, shared_step_sizes=False,
-                 subsample=1.0, blocks=10, mlp_ratio=1, token_scale=500.0, task_weight=0.01, dtype=None, **kwargs):
+    def __init__(self, channels=1, num_classes=10, dim=128, depth=4, omega=10.0, inner_steps=6, inner_steps_test=0,
+                 shared_step_sizes=False, subsample=1.0, blocks=10, mlp_ratio=1, token_scale=500.0, task_weight=0.01,
+                 sequential=False, dtype=None, **kwargs):
         config = {name: value for name, value in locals().items() if name in {*PAPER, "channels", "num_classes"}}
         policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
         super().__init__(dtype=policy.variable_dtype, **kwargs)
@@ -331,9 +328,9 @@ class MWT(keras.Model):
         if dim > 64 and dim % 64:
             raise ValueError(f"dim must be a multiple of 64, or at most 64, for attention heads of 64; it is {dim}")
         if not 0 < subsample <= 1:
-            raise ValueError(f"subsample, a part of the points, must be above 0 and at most 1; it is {subsample}")
-        self.config, self.task_weight = {**config, "dtype": policy.name}, task_weight
-        self.siren = MetaSiren(channels, dim, depth, omega, inner_steps, shared_step_sizes, subsample,
+            raise ValueError(f"subsample, a fraction of the points, must be above 0 and at most 1; it is {subsample}")
+        self.config, self.task_weight, self.sequential = {**config, "dtype": policy.name}, task_weight, sequential
+        self.siren = MetaSiren(channels, dim, depth, omega, inner_steps, inner_steps_test, shared_step_sizes, subsample,
                                dtype=policy.variable_dtype)
         self.classifier = weight_transformer(num_classes, dim, depth, blocks, mlp_ratio, token_scale, policy)
         self.trackers = [keras.metrics.Mean(name=name) for name in ("loss", "mse", "psnr")]
@@ -345,11 +342,11 @@ class MWT(keras.Model):
         return self.classifier(tokens, training=training)
 
     def reconstruct(self, images, steps=None, size=None):
-        """What the SIREN shows before the first and after each inner step.
+        """Reconstructions of images (N, H, W, C) in [-1, 1] before the first inner step and after each.
 
-        images: (N, H, W, C) in [-1, 1]. steps: K unless given; more than K need shared step sizes.
-        size: (height, width) of the result, any, since the SIREN is a function of continuous coordinates; None: H, W.
-        Returns a `float32` array (N, steps+1, height, width, C). Raises ValueError where step sizes are missing.
+        steps: number of inner steps; None uses inner_steps_test. More than inner_steps need shared step sizes.
+        size: (height, width) of the reconstructions; the SIREN can be sampled at any coordinates. None uses (H, W).
+        Returns a `float32` array (N, steps+1, height, width, C). Raises ValueError if there are no step sizes.
         """
         siren, omega = self.siren, self.siren.omega
         with torch.no_grad():
@@ -358,7 +355,7 @@ class MWT(keras.Model):
             count, height, width, channels = images.shape
             height, width = size or (height, width)
             grid = coordinates(height, width, siren.dtype)
-            weights, head, rates = siren.parameters_for(siren.inner_steps if steps is None else steps)
+            weights, head, rates = siren.parameters_for(siren.inner_steps_test if steps is None else steps)
             stages = [ops.repeat(render(weights, head, grid, omega)[None], count, axis=0)]
             for rate in rates:
                 weights, _ = inner_step(weights, rate, head, coords, pixels, omega)
@@ -368,51 +365,62 @@ class MWT(keras.Model):
 
     def compile(self, total_steps, siren_rate=1e-4, step_size_rate=1e-2, classifier_rate=1e-4, warmup=0.05,
                 weight_decay=1e-4, clip_norm=1.0, jit_compile=False):
-        """One AdamW per group of variables, on the one-cycle schedule over total_steps training steps.
+        """One AdamW optimizer for each group of variables, with the one-cycle schedule over total_steps training steps.
 
-        total_steps: epochs times batches of the training to come; at its end the rates are nearly 0 and stay there.
-        The rates given are the peaks; clip_norm bounds each group's gradient. jit_compile compiles the inner loop, a
-        pure function, with `torch.compile`: minutes at the start, for shorter steps. Raises ValueError for a warmup
-        that is no part of the steps.
+        total_steps: epochs times batches; at the end the rates are nearly 0 and stay there. With `sequential` each
+        group has half of the steps. The rates are peak rates; clip_norm limits each group's gradient norm. jit_compile
+        compiles the inner loop with `torch.compile`, which takes minutes at the start and shortens the steps. Raises
+        ValueError if warmup is not between 0 and 1.
         """
         if not 0 <= warmup <= 1:
-            raise ValueError(f"warmup, a part of the steps, must be between 0 and 1; it is {warmup}")
+            raise ValueError(f"warmup, a fraction of the steps, must be between 0 and 1; it is {warmup}")
         self.compile_config = {name: value for name, value in locals().items()
-                               if name in {*PAPER, "total_steps"}}  # not jit_compile: that is this process's choice
+                               if name in {*PAPER, "total_steps"}}  # without jit_compile, which is not saved
         super().compile(optimizer=None, jit_compile=False)
         if jit_compile:
             self.siren.inner_loop = torch.compile(inner_loop, fullgraph=True)
-        self.schedules = [OneCycle(peak, total_steps, warmup) for peak in (siren_rate, step_size_rate, classifier_rate)]
-        self.optimizers = [  # an attribute of the model, so saved and restored with it
-            keras.optimizers.AdamW(schedule, weight_decay=weight_decay, epsilon=1e-8, global_clipnorm=clip_norm)
-            for schedule in self.schedules]
+        self.warmup, self.peak_rates = warmup, (siren_rate, step_size_rate, classifier_rate)
+        self.steps = total_steps // 2 if self.sequential else total_steps  # of each group
+        self.optimizers = [  # tracked by Keras, so they are saved and restored with the model
+            keras.optimizers.AdamW(rate, weight_decay=weight_decay, global_clipnorm=clip_norm)
+            for rate in self.peak_rates]
         for optimizer, variables in zip(self.optimizers, self.variable_groups()):
             optimizer.build(variables)
 
     def variable_groups(self):
-        """Variables of the SIREN, of the step sizes, of the classifier: three lists, in the order of the optimizers."""
+        """Variables of the SIREN, of the step sizes and of the classifier, in the order of the optimizers."""
         siren = self.siren
         return [*siren.initial, siren.head, siren.head_scale], siren.step_sizes, self.classifier.trainable_variables
 
     def losses(self, images, labels, sample_weight=None, training=False):
-        """Logits (N, num_classes), reconstruction errors (N,) after the last inner step, mean cross entropy, to which
-        alone sample_weight (N,) applies."""
+        """Logits (N, num_classes), reconstruction errors (N,) after the last inner step, and the mean cross entropy.
+        sample_weight (N,) applies to the cross entropy only."""
         tokens, errors = self.siren(images, training=training)
-        # The classifier's gradient reaches the SIREN times task_weight, and the classifier whole.
+        # The classifier's gradient reaches the SIREN multiplied by task_weight, and the classifier unchanged.
         tokens = self.task_weight * tokens + (1 - self.task_weight) * ops.stop_gradient(tokens)
         logits = self.classifier(tokens, training=training)
         cross_entropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)(labels, logits, sample_weight)
-        return logits, errors[-1], cross_entropy
+        return logits, errors, cross_entropy
 
     def train_step(self, data):
         images, labels, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         logits, errors, cross_entropy = self.losses(images, labels, sample_weight, training=True)
+        step, learning, loss = int(self.optimizers[0].iterations), (0, 1, 2), ops.mean(errors) + cross_entropy
+        if self.sequential and step < self.steps:
+            learning, loss = (0, 1), ops.mean(errors)
+        elif self.sequential:
+            step, learning, loss = int(self.optimizers[2].iterations), (2,), cross_entropy
         self.zero_grad()
-        (ops.mean(errors) + cross_entropy).backward()
+        loss.backward()
+        rate, beta_1 = one_cycle(step, self.steps, self.warmup)
+        groups = self.variable_groups()
         with torch.no_grad():
-            for optimizer, schedule, variables in zip(self.optimizers, self.schedules, self.variable_groups()):
-                optimizer.beta_1 = schedule.beta_1(optimizer.iterations)
-                optimizer.apply([variable.value.grad for variable in variables], variables)
+            for group in learning:
+                optimizer = self.optimizers[group]
+                optimizer.learning_rate, optimizer.beta_1 = rate * self.peak_rates[group], beta_1
+                # Keras adds epsilon before it corrects the bias of the second moment, PyTorch (as published) after it.
+                optimizer.epsilon = 1e-8 * math.sqrt(1 - optimizer.beta_2 ** (step + 1))
+                optimizer.apply([variable.value.grad for variable in groups[group]], groups[group])
             return self.update_metrics(labels, logits, errors, cross_entropy, sample_weight)
 
     def test_step(self, data):
@@ -439,3 +447,30 @@ class MWT(keras.Model):
 
     def compile_from_config(self, config):
         self.compile(**config)
+
+
+# ---- What train.py asks for ----
+
+
+def build(options, dataset, steps_per_epoch):
+    """The models of a run: [(subfolder, compiled model, epochs)]."""
+    model = MWT(dataset.image_shape[-1], len(dataset.class_names), options.dim, options.depth, options.omega,
+                options.inner_steps, options.inner_steps_test, options.shared_step_sizes, options.subsample,
+                options.blocks, options.mlp_ratio, options.token_scale, options.task_weight, options.sequential)
+    model.compile(options.epochs * steps_per_epoch, options.siren_rate, options.step_size_rate, options.classifier_rate,
+                  options.warmup, options.weight_decay, options.clip_norm, options.compile)
+    return [("", model, options.epochs)]
+
+
+def report(models, images, labels, class_names, finer):
+    """No further results; a figure of the first images and their reconstructions before and after each inner step."""
+    rows = []
+    for image, stages in zip(images, models["mwt"].reconstruct(images[:8])):
+        rows.append([(image, "input")] + [(picture, f"step {step}\n{float(ops.psnr(image, picture, 2.0)):.1f} dB")
+                                          for step, picture in enumerate(stages)])
+    return {}, {"reconstructions": rows}
+
+
+ABLATIONS = {"task_weight": [{"task_weight": weight} for weight in (0.0, 0.01, 0.1, 1.0)]}
+TASKS = {"classify": types.SimpleNamespace(presets=PRESETS, hyperparameters=HYPERPARAMETERS, build=build, report=report,
+                                           ablations=ABLATIONS)}
