@@ -1,5 +1,5 @@
-"""Datasets by name. `load("shapes")` computes ten classes of analytic shapes; TensorFlow Datasets (TFDS) loads all other
-names, and downloads what is not on disk. `load_frames` reads a picture or a video to fit. Images stay `uint8`,
+"""Datasets by name. `load("shapes")` computes ten classes of analytic shapes; TensorFlow Datasets (TFDS) loads all
+other names, and downloads what is not on disk. `load_frames` reads a picture or a video to fit. Images stay `uint8`,
 `(N, H, W, C)`, until `Batches` converts them to the `float32` in [-1, 1] that the models take.
 """
 
@@ -48,7 +48,7 @@ class Dataset:
 
     class_names: one string per label; empty for frames. flip: whether a mirrored image keeps its label. validation: if
     None, validation images are held out of the training split. finer: for images that are known at every resolution,
-    (count, factor) -> the first `count` test images with `factor` times as many rows and columns; else None.
+    (count, factor) -> the first `count` test images, `float32` in [-1, 1], on a `factor` times finer grid; else None.
     """
 
     train: Split
@@ -63,20 +63,19 @@ class Dataset:
 def load(name, data_dir=None, image_size=None, seed=0):
     """Loads the dataset `name`: "shapes", or the TFDS name of an image classification dataset ("mnist", "cifar10", …).
 
-    data_dir: TFDS data folder; None means $TFDS_DATA_DIR, else ~/tensorflow_datasets. image_size: height and width in
-    pixels; None keeps the dataset's own (28 for shapes). Images of other sizes are scaled to cover the square and
-    cropped at its center. seed: for "shapes"; other datasets ignore it.
+    data_dir: TFDS data folder; None: $TFDS_DATA_DIR, else ~/tensorflow_datasets. image_size: height and width in
+    pixels, to which other images are scaled and center-cropped; None: the dataset's own (28 for shapes). seed: for
+    "shapes" only. Images are read when they are first used.
 
-    Downloads and prepares a dataset that is not on disk; its images are read when they are first used. Raises DataError
-    for an unknown name, for a dataset without one image and one label per example or without training and test splits,
-    for images of different sizes without image_size, and if the dataset is neither on disk nor available for download.
+    Raises DataError for an unknown name, for a dataset without one image and one label per example or without training
+    and test splits, for images of different sizes without image_size, and for a dataset that cannot be downloaded.
     """
     if name != "shapes":
         return _load_tfds(name, data_dir, image_size)
     size = image_size or 28
     return Dataset(Split(10_000, lambda: shapes(range(10_000), size, seed=seed)),
                    Split(2_000, lambda: shapes(range(10_000, 12_000), size, seed=seed)), (size, size, 1), SHAPES, True,
-                   finer=lambda count, factor: shapes(range(10_000, 10_000 + count), factor * size, seed=seed)[0])
+                   finer=lambda count, by: scale(shapes(range(10_000, 10_000 + count), by * size, seed=seed)[0]))
 
 
 def load_frames(name, data_dir=None, image_size=None, seed=0):
@@ -113,11 +112,10 @@ def full_name(task, name):
 def shapes(indices, size=28, channels=1, seed=0):
     """Renders samples of the built-in dataset; sample i depends on (seed, i) alone, and its label is i % 10.
 
-    A sample is a function on [-1, 1]²: the same index at another `size` is the same picture, sampled on another grid,
-    and so the ground truth for super-resolution. Position, size, rotation, foreground and background are random; edges
-    are soft.
+    A sample is a function on [-1, 1]²: the same index at another `size` is the same picture on another grid, the ground
+    truth for super-resolution. Position, size, rotation, foreground and background are random; edges are soft.
 
-    indices: integers ≥ 0, N of them. size: height and width in pixels. channels: 1 (grey) or 3 (colour).
+    indices: integers ≥ 0 (N,). size: height and width in pixels. channels: 1 (grey) or 3 (colour).
     Returns images `uint8` (N, size, size, channels) and labels `int64` (N,).
     """
     indices = np.asarray(indices, dtype=np.int64)
@@ -160,11 +158,6 @@ def _box(x, y, half_width, half_height):
     return np.hypot(np.maximum(dx, 0), np.maximum(dy, 0)) + np.minimum(np.maximum(dx, dy), 0)
 
 
-def _triangle(x, y):
-    wedge = np.abs(np.arctan2(y, x)) % (2 * np.pi / 3) - np.pi / 3
-    return np.hypot(x, y) * np.cos(wedge) - np.cos(np.pi / 3)
-
-
 def _star(x, y):
     """Ten mirrored wedges; the edge runs from the tip (1, 0) to the notch at 36 degrees and radius 0.42."""
     wedge = np.abs((np.arctan2(y, x) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
@@ -185,7 +178,7 @@ _DISTANCES = {
     "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.75) - 0.2,
     "half-disk": lambda x, y: np.maximum(np.hypot(x, y) - 1, -0.4 - y),
     "crescent": lambda x, y: np.maximum(np.hypot(x, y) - 1, 0.8 - np.hypot(x - 0.5, y)),
-    "triangle": _triangle,
+    "triangle": lambda x, y: np.hypot(x, y) * np.cos(np.abs(np.arctan2(y, x)) % (2 * np.pi / 3) - np.pi / 3) - 0.5,
     "square": lambda x, y: _box(x, y, 0.75, 0.75),
     "bar": lambda x, y: _box(x, y, 1.0, 0.3),
     "cross": lambda x, y: np.minimum(_box(x, y, 1.0, 0.27), _box(x, y, 0.27, 1.0)),
@@ -268,7 +261,7 @@ def _read_split(tfds, builder, split, image_size):
         images.append(image)
         labels.append(example["label"])
     if min(labels) < 0:
-        raise DataError(f"the split {split!r} of {builder.info.name} has no labels")
+        raise DataError(f"the split {split!r} of {builder.name} has no labels")
     return np.stack(images), np.array(labels, np.int64)
 
 
@@ -343,14 +336,15 @@ def scale(images):
 class Batches(keras.utils.PyDataset):
     """Batches of a split's examples: images `float32` in [-1, 1], (n, H, W, C), and labels (n,).
 
-    indices: the examples to use. seed: shuffles them and drops the rest that does not fill a batch; order and
-    augmentation depend only on (seed, epoch, index of the batch). None keeps the order and drops nothing.
+    indices: the examples to use; None: all. seed: shuffles them and drops the rest that does not fill a batch; order
+    and augmentation depend only on (seed, epoch, index of the batch). None keeps the order and drops nothing.
     augment: pads by 4 pixels (reflection) and crops at random; with `flip` also mirrors half of the images.
     """
 
     def __init__(self, split, indices, batch_size, seed=None, augment=False, flip=False):
         super().__init__()
-        self.split, self.indices, self.batch_size, self.seed = split, indices, batch_size, seed
+        self.indices = np.arange(len(split)) if indices is None else indices
+        self.split, self.batch_size, self.seed = split, batch_size, seed
         self.augment, self.flip = augment, flip
         self.begin(1)
 

@@ -44,6 +44,7 @@ import data
 
 try:
     import fcntl
+    import resource
 except ImportError:  # Windows
     fcntl = None
 
@@ -82,17 +83,15 @@ def flag(name):
 def parse(arguments):
     """Returns the options, hyperparameters included, as one namespace, and the method's task.
 
-    --method determines the tasks, --task the presets and --preset the values of the hyperparameters, so the parser is
-    extended after reading each of them. For an existing run, config.json provides the defaults of all options.
+    The tasks depend on --method, the presets on --task, and the hyperparameters on --preset, so the parser is extended
+    after reading each of them. For an existing run, config.json provides the defaults of all options.
     """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], add_help=False, allow_abbrev=False)
     parser.error = refuse  # one line, without the usage
     use = parser.add_argument_group("instead of a new run").add_mutually_exclusive_group()
     use.add_argument("--resume", type=pathlib.Path, metavar="RUN_FOLDER", help="continue an interrupted run")
-    use.add_argument("--evaluate", type=pathlib.Path, metavar="RUN_FOLDER",
-                     help="evaluate a run again, also on another --dataset; writes RUN_FOLDER/evaluation-<dataset>/")
-    use.add_argument("--predict", type=pathlib.Path, nargs="*", metavar=("RUN_FOLDER", "IMAGE"),
-                     help="classify image files; writes figures to RUN_FOLDER/predictions/")
+    use.add_argument("--evaluate", type=pathlib.Path, metavar="RUN_FOLDER", help="evaluate it, or on another --dataset")
+    use.add_argument("--predict", type=pathlib.Path, nargs="*", metavar=("RUN_FOLDER", "IMAGE"), help="classify images")
     use.add_argument("--benchmark", action="store_true", help="time a training step")
     known = parser.parse_known_args(arguments)[0]
     if known.predict is not None and len(known.predict) < 2:
@@ -113,14 +112,12 @@ def parse(arguments):
     add("--seed", type=number(int, 0), default=0, help="of weights, data order, augmentation and shapes (default: 0)")
     add("--limit", type=number(int, 1), help="largest number of training images (default: all)")
     add("--validation-images", type=number(int, 0), help="training images held out for validation (default: 2000)")
-    add("--image-size", type=number(int, 8), help="scale and crop images to this height and width (default: the "
-        "dataset's own); with --task fit: the longest side (default: 256; shapes-video: 64)")
+    add("--image-size", type=number(int, 8), help="scale and crop images to this size; frames: longest side (256)")
     add("--augment", action="store_true", help="shift images at random, and mirror them unless they show characters")
     add("--data-dir", type=os.path.abspath, help="TFDS data folder (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)")
     add("--run-dir", type=pathlib.Path, help="output folder (default: runs/<method>-<task>-<dataset>-<preset>-<seed>)")
     add("--save-every", type=number(int, 1), default=500, help="steps between checkpoints in an epoch (default: 500)")
-    add("--precision", choices=["float32", "mixed_bfloat16"], default="float32",
-        help="mixed_bfloat16 computes everything but the INR in bfloat16 (default: float32)")
+    add("--precision", choices=["float32", "mixed_bfloat16"], default="float32", help="of everything but the INR")
     add("--compile", action="store_true", help="compile the INR with torch.compile (takes minutes at the start)")
     use.add_argument("--ablate", choices=task.ablations, help="train variants of the model and compare them")
     add("--seeds", type=number(int, 1), default=2, help="seeds per variant of --ablate, from --seed up (default: 2)")
@@ -198,8 +195,7 @@ def training_batches(options, dataset):
 
 def evaluation_batches(dataset, split, indices=None):
     """Batches with as many pixels as 200 images of 28×28, which limits the memory used."""
-    return data.Batches(split, np.arange(len(split)) if indices is None else indices,
-                        max(1, 200 * 28**2 // math.prod(dataset.image_shape[:2])))
+    return data.Batches(split, indices, max(1, 200 * 28**2 // math.prod(dataset.image_shape[:2])))
 
 
 # ---- A run: training that can be interrupted at any moment ----
@@ -207,6 +203,10 @@ def evaluation_batches(dataset, split, indices=None):
 
 class Interrupted(BaseException):
     """SIGINT or SIGTERM was received; the argument is the number of the signal."""
+
+
+def interrupt(number, frame):
+    raise Interrupted(number)
 
 
 @contextlib.contextmanager
@@ -217,10 +217,6 @@ def signal_handler(handler):
     finally:
         for number, old in previous.items():
             signal.signal(number, old)
-
-
-def interrupt(number, frame=None):
-    raise Interrupted(number)
 
 
 @contextlib.contextmanager
@@ -304,22 +300,16 @@ class Run:
                    "backup, or start again with another --run-dir")
 
     def save(self):
-        if not all(torch.isfinite(variable.value).all() for variable in self.model.trainable_variables):
-            self.refuse_divergence("a weight")
         self.seconds = time.perf_counter() - self.start
         position = {name: getattr(self, name) for name in ("epoch", "step", "seconds", "history")}
         buffer = io.BytesIO()  # on a full disk, torch.save would raise a RuntimeError that does not say so
         torch.save((position, [variable.value.detach() for variable in self.variables()]), buffer)
         write_atomically(self.checkpoint, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
 
-    def refuse_divergence(self, what):
-        refuse(f"stopped because {what} became infinite or NaN by step {self.step} of epoch {self.epoch + 1}: use "
-               f"lower learning rates or another --seed; {self.folder} holds the model after {self.epoch} epochs")
-
     def on_signal(self, number, frame):
         """The first signal lets the current step finish; the second one ends the program at once."""
         if self.signal:
-            interrupt(number)
+            raise Interrupted(number)
         self.signal = number
 
     def train(self):
@@ -336,16 +326,20 @@ class Run:
             while self.epoch < self.epochs:
                 logs = self.model.train_step([keras.ops.convert_to_tensor(array) for array in self.batches[self.step]])
                 self.step += 1
-                if not math.isfinite(logs["loss"]):
-                    self.refuse_divergence("the loss")
-                if self.step < len(self.batches):
-                    self.show_progress(logs)
-                else:
+                stop, last = self.signal, self.step == len(self.batches)  # read once: a signal can arrive at any moment
+                save = stop or last or self.step % self.save_every == 0
+                values = [logs["loss"], *(variable.value for variable in self.model.trainable_variables if save)]
+                if not all(torch.isfinite(value).all() for value in values):
+                    refuse(f"stopped in step {self.step} of epoch {self.epoch + 1}: the loss or a weight became NaN or "
+                           f"infinite; use lower learning rates. {self.folder} has the model after {self.epoch} epochs")
+                if last:
                     self.end_epoch(logs)
-                if self.signal or self.step % self.save_every == 0:  # the step is 0 after an epoch
+                else:
+                    self.show_progress(logs)
+                if save:
                     self.save()
-                if self.signal:
-                    raise Interrupted(self.signal)
+                if stop:
+                    raise Interrupted(stop)
 
     def end_epoch(self, logs):
         """Validates, and writes history.csv and model.keras. These precede the checkpoint: if the process is killed in
@@ -414,8 +408,7 @@ def train_models(options, task, folder):
     print(f"{options.method} on {options.dataset}: {len(batches.indices):,} training images of {dataset.image_shape}, "
           f"{len(dataset.test):,} test images; {device_name()}", flush=True)
     for run in runs.values():
-        resumed = f", continued after {run.epoch} epochs and {run.step} steps" if options.resume else ""
-        print(f"{run.folder}: {run.epochs} epochs of {len(batches)} steps{resumed}", flush=True)
+        print(f"{run.folder}: {run.epochs} epochs of {len(batches)} steps, {run.epoch} and {run.step} done", flush=True)
         run.train()
     results = report(options, task, dataset, folder, folder)
     for name, run in runs.items():
@@ -483,8 +476,7 @@ def report(options, task, dataset, folder, target):
         shown = [text.format(metrics[metric]) for metric, text in formats.items() if metric in metrics]
         print(f"{name}: {', '.join(shown)} on {len(dataset.test):,} images; {model.count_params():,} parameters")
     images, labels = dataset.test[np.arange(min(1000, len(dataset.test)))]
-    further, figures = task.report(models, data.scale(images), labels, dataset.class_names,
-                                   dataset.finer and (lambda *arguments: data.scale(dataset.finer(*arguments))))
+    further, figures = task.report(models, data.scale(images), labels, dataset.class_names, dataset.finer)
     for name, values in further.items():
         print(f"{name}: " + ", ".join(f"{what} {value:.2f}" for what, value in values.items()))
     for name, rows in figures.items():
@@ -495,10 +487,9 @@ def report(options, task, dataset, folder, target):
 def evaluate(options, task):
     """Evaluates a run on the test split of its dataset, or of another one with the same number of classes."""
     folder, dataset = options.run_dir, load_dataset(options)
-    channels, classes = dataset.image_shape[-1], len(dataset.class_names)
-    if (channels, classes) != (options.image_shape[-1], len(options.class_names)):
-        refuse(f"{options.dataset} has {classes} classes and {channels} channels, the model of {folder} has "
-               f"{len(options.class_names)} and {options.image_shape[-1]}: use a matching --dataset")
+    numbers = [f"{len(x.class_names)} classes and {x.image_shape[-1]} channels" for x in (dataset, options)]
+    if numbers[0] != numbers[1]:
+        refuse(f"{options.dataset} has {numbers[0]}, the model of {folder} has {numbers[1]}: use a matching --dataset")
     target = folder / f"evaluation-{file_name(options.dataset)}"
     target.mkdir(exist_ok=True)
     write_json(target / "results.json", report(options, task, dataset, folder, target))
@@ -580,12 +571,8 @@ def benchmark(options, task):
     device, count = model.trainable_variables[0].value.device, len(batch[0])
     print(f"{options.preset}: batch {tuple(batch[0].shape)}, {device_name()}", flush=True)
     step_seconds = seconds(lambda: model.train_step(batch))
-    if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated() / 2**20
-    else:
-        import resource  # not available on Windows
-
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    memory = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else resident
     # FLOPs are counted without compilation and with unfused attention, which the counter supports on every device.
     model = build(argparse.Namespace(**{**vars(options), "compile": False}), task, dataset, 1000)[-1][1]
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
