@@ -400,7 +400,7 @@ class MWT(keras.Model):
         tokens = self.task_weight * tokens + (1 - self.task_weight) * ops.stop_gradient(tokens)
         logits = self.classifier(tokens, training=training)
         cross_entropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)(labels, logits, sample_weight)
-        return logits, errors, cross_entropy
+        return logits, errors[-1], cross_entropy
 
     def train_step(self, data):
         images, labels, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
