@@ -2,7 +2,6 @@
 backward, float64, plain loops, PyTorch's layers and optimizers, closed formulas."""
 
 import csv
-import dataclasses
 import fcntl
 import functools
 import itertools
@@ -60,7 +59,7 @@ def random_batch(count=5, size=6, channels=1, classes=10, dtype=torch.float32, s
 
 
 def stirred(model, scale=0.1):
-    """The same model with all weights changed at random, so that no small initial value hides an error."""
+    """Changes all weights of the model at random, so that no small initial value hides an error; returns the model."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for variable in model.trainable_variables:
@@ -109,10 +108,9 @@ def plain_norm(layer, x):
 def plain_convolution(layer, x, stride=1):
     """Convolution of x (N, H, W, C) with TensorFlow's "same" padding: an odd row is at the bottom or the right."""
     kernel = layer.kernel.value.permute(3, 2, 0, 1)
-    padding = []
-    for side, size in zip(reversed(x.shape[1:3]), reversed(kernel.shape[2:])):
-        missing = max(0, (-(-side // stride) - 1) * stride + size - side)
-        padding += [missing // 2, missing - missing // 2]
+    missing = [max(0, (-(-side // stride) - 1) * stride + size - side)
+               for side, size in zip(x.shape[1:3], kernel.shape[2:])]
+    padding = [part for total in reversed(missing) for part in (total // 2, total - total // 2)]
     padded = functional.pad(x.permute(0, 3, 1, 2), padding)
     return functional.conv2d(padded, kernel, layer.bias.value, stride).permute(0, 2, 3, 1)
 
@@ -270,7 +268,6 @@ def test_subsampling_draws_without_replacement_for_each_image_and_step():
     samples = model.siren.sample_points(images, training=True)
     drawn = set()
     for coords, pixels in samples:
-        assert pixels.shape == (5, 18, 1) and coords.shape == (5, 18, 2)
         for image in range(5):
             values = pixels[image, :, 0].long() - 36 * image
             assert len(set(values.tolist())) == 18 and 0 <= values.min() and values.max() < 36
@@ -287,8 +284,7 @@ def test_mwt_starts_with_the_published_initial_values():
     for layer, (matrix, rates) in enumerate(zip(model.siren.initial, model.siren.step_sizes)):
         limit = math.sqrt(6 / 128) if layer else 1 / 2
         assert 0.95 * limit < matrix.value[:-1].abs().max() <= limit
-        assert torch.all(matrix.value[-1] == 0)
-        assert rates.shape == (6, *matrix.shape)
+        assert torch.all(matrix.value[-1] == 0) and rates.shape == (6, *matrix.shape)
         assert 0.1 <= rates.value.min() < 0.11 and 0.99 < rates.value.max() <= 1.0
     assert model.siren.head_scale.value.tolist() == pytest.approx([0.1])
 
@@ -393,7 +389,7 @@ def test_hypernetwork_has_the_documented_initial_values():
 
 @pytest.mark.parametrize("experiment", ["joint", "latent", "weights", "pretrained"])
 def test_hyperinr_trains_like_pytorch(experiment):
-    """Six steps of two Adam optimizers with cosine decay, except in `joint` three steps for each."""
+    """Two Adam optimizers with cosine decay: both learn in all six steps of `joint`, otherwise each in three."""
     images, labels = random_batch(count=4, size=8)
     model = stirred(small_hyperinr(images, classifier=experiment, encoder_width=2))
     model.compile(total_steps=6, hyper_rate=1e-3, classifier_rate=1e-2, separate_rate=3e-3, classifier_part=0.5,
@@ -729,10 +725,9 @@ def test_wrong_arguments_and_inputs():
         functools.partial(hyper.inpaint, images, mask) for mask in (
             np.ones((8, 7), bool), np.ones((4, 8, 8), bool), np.ones((8, 8)), np.ones((5, 8, 8, 3), bool))]
     cases["leave some pixels"] = [lambda: hyper.inpaint(images, np.ones((8, 8), bool))]
-    for message, calls in cases.items():
-        for call in calls:
-            with pytest.raises(ValueError, match=message):
-                call()
+    for message, call in [(message, call) for message, calls in cases.items() for call in calls]:
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 def test_mixed_precision_leaves_the_inr_in_float32():
@@ -776,7 +771,7 @@ def test_the_compiled_part_is_one_graph(small, part, monkeypatch):
     ("inrn", "medium", {"classes": 1000}, 5.7e6), ("inrn", "medium", {"classes": 1000, "compression": 1.0}, 14e6),
     ("inrn", "large", {"classes": 1000}, 21e6), ("inrn", "large", {"classes": 1000, "compression": 1.0}, 57e6)])
 def test_presets_have_their_numbers_of_parameters(method, preset, changes, parameters):
-    """Those of INRN are in Table 2 of its paper."""
+    """Those of INRN are the paper's (Table 2)."""
     options, task = train.parse(["--method", method, "--preset", preset])
     vars(options).update(changes)
     options.teacher, channels, classes = "none", 3 if "classes" in changes else 1, ("",) * changes.get("classes", 10)
@@ -970,6 +965,11 @@ def test_augmentation_crops_the_reflected_image(flip):
         mirrored += mirror == -1
     assert {row for row, _ in places} == {column for _, column in places} == set(range(9))
     assert len(places) > 30 and (15 < mirrored < 49 if flip else mirrored == 0)
+    same = data.Split(1, lambda: (np.uint8(20 * images[:1] + 128), np.zeros(1)))
+    batches = data.Batches(same, np.zeros(64, int), 64, seed=0, augment=True, flip=flip)
+    first = np.asarray(batches[0][0])
+    batches.begin(2)
+    assert not np.array_equal(first, batches[0][0])  # every epoch is augmented differently
 
 
 # ---- train.py ----
@@ -982,7 +982,7 @@ def few_shapes():
         draw = functools.partial(data.shapes, size=image_size or 28, seed=seed)
         few = dict(train=data.Split(2_200, lambda: draw(range(2_200))),
                    test=data.Split(100, lambda: draw(range(10_000, 10_100))))
-        return dataclasses.replace(load(name, data_dir, image_size, seed), **few if name == "shapes" else {})
+        return data.Dataset(**{**vars(load(name, data_dir, image_size, seed)), **(few if name == "shapes" else {})})
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(data.LOADERS, "classify", load)
@@ -1006,10 +1006,9 @@ def after_each_step(patch, action):
 
 
 def run_with_signals(folder, *signals):
-    """The status of a run of MWT that receives signals in the second step of its second epoch."""
+    """Returns the exit status of a run of MWT that receives signals in the second step of its second epoch."""
     with pytest.MonkeyPatch.context() as patch:
-        after_each_step(patch, lambda step, model, metrics: [
-            os.kill(os.getpid(), number) for number in signals if step == 8])
+        after_each_step(patch, lambda step, *state: [signal.raise_signal(number) for number in signals if step == 8])
         return run("mwt", folder)
 
 
@@ -1100,17 +1099,19 @@ def test_a_whole_run(runs, name, figures, parts, tmp_path, refused):
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_trains_like_model_fit(name, tmp_path):
     options, task = train.parse(RUNS[name])
-    dataset, weights = train.load_dataset(options), []
+    dataset, results = train.load_dataset(options), []
     for fit in (False, True):
         batches, _ = train.training_batches(options, dataset)
         *_, (_, model, _) = train.build(options, task, dataset, len(batches))
-        start = model.get_weights()
+        begin = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: batches.begin(epoch + 1))
         if fit:
-            model.fit(batches, shuffle=False, verbose=0)
+            losses = model.fit(batches, epochs=2, shuffle=False, verbose=0, callbacks=[begin]).history["loss"]
         else:
-            train.Run(tmp_path, model, 1, batches, None, 500).train()
-        weights.append(model.get_weights())
-    assert all(map(np.array_equal, *weights)) and not all(map(np.array_equal, weights[0], start))
+            one = train.Run(tmp_path, model, 2, batches, None, 500)
+            one.train()
+            losses = [row["loss"] for row in one.history]
+        results.append([*model.get_weights(), losses])
+    assert all(map(np.array_equal, *results)) and losses[0] != losses[1]
 
 
 def test_image_operations_of_hyperinr(runs):
@@ -1226,7 +1227,7 @@ def test_an_ablation(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_progress(tmp_path, monkeypatch, capsys, terminal):
-    """With steps of 8 seconds, of which an epoch has six."""
+    """With six steps of 8 seconds in each epoch."""
     steps = []
     after_each_step(monkeypatch, lambda *arguments: steps.append(8))
     monkeypatch.setattr(train.time, "perf_counter", lambda: 1000.0 + sum(steps))
@@ -1253,8 +1254,8 @@ BAD_OPTIONS = [
     ("--batch-size 9000", "--batch-size"), ("--validation-images 10000", "--limit"), ("--dim 100", "multiple of 64"),
     ("--subsample 0", "subsample"), ("--warmup 2", "between 0 and 1"), ("--inner-steps-test 9", "shared_step_sizes"),
     ("--shared-step-sizes maybe", "maybe"), ("--teacher none", "--teacher"), ("--classifier joint", "--classifier"),
-    ("--resume no/such", "config.json"), ("--benchmark --resume runs", "not allowed with"), ("--seed -1", "from 0 up"),
-    ("--seeds 0", "from 1 up"), ("--ablate task_weight --task-weight 0.7", "--task-weight itself"),
+    ("--resume no/such", "config.json"), ("--benchmark --resume runs", "not allowed with"), ("--seeds 0", "from 1 up"),
+    ("--seed -1", "from 0 up"), ("--ablate task_weight --task-weight 0.7", "--task-weight itself"),
     *[(f"--method hyperinr {arguments}", hint) for arguments, hint in [
         ("--classifier cnn", "pretrained"), ("--classifier-part 1", "between 0 and 1"),
         ("--inner-steps 6", "--inner-steps"), ("--final-rate 2", "between 0 and 1")]],
@@ -1420,12 +1421,11 @@ def test_a_folder_that_cannot_be_written(interrupted, tmp_path, capsys, monkeypa
     ("weight", lambda model, metrics: model.siren.head_scale.assign([math.inf]))])
 def test_nan_keeps_good_weights(tmp_path, capsys, monkeypatch, what, spoil):
     """In the ninth step the loss becomes NaN, or a weight infinite, which the loss of this step does not show."""
-    steps = []
-    after_each_step(monkeypatch, lambda step, *state: steps.append(step) or step == 9 and spoil(*state))
+    after_each_step(monkeypatch, lambda step, *state: step == 9 and spoil(*state))
     with pytest.raises(SystemExit):
         run("mwt", tmp_path / "run")
     error = capsys.readouterr().err
-    assert "step 3 of epoch 2" in error and what in error and error.count("\n") == 1 and len(steps) == 9
+    assert "step 3 of epoch 2" in error and what in error and error.count("\n") == 1
     model = keras.saving.load_model(tmp_path / "run" / "model.keras")
     assert all(int(optimizer.iterations) == 6 for optimizer in model.optimizers)  # of the first epoch
     assert all(np.isfinite(weight).all() for weight in model.get_weights())
