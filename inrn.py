@@ -659,6 +659,7 @@ def build_fits(options, dataset, steps_per_epoch):
         raise ValueError("fits use float32 and have no separate INR to compile: leave out --precision and --compile")
     models = []
     for network in ("inrn",) if options.alone else ("inrn", "siren", "relu"):
+        keras.utils.set_random_seed(options.seed)  # the same initial weights beside other networks
         model = PictureFit(network, len(dataset.test) > 1, options.width, options.blocks, options.compression,
                            options.activation, options.hybrid, options.patch, options.features, options.feature_scale,
                            options.alpha)
