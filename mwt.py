@@ -14,8 +14,8 @@ training step is therefore an ordinary forward graph with a single `backward()`,
     symbol    shape                     meaning
     N P C     -                         images, points (pixels) of one image, colour channels
     D L K     -                         width of the SIREN, its hidden layers D -> D, inner steps
-    coords    (P, 2) or (N, P, 2)       row and column, each from -1 to 1
-    pixels    (N, P, C)                 colours at coords, from -1 to 1
+    coords    (P, 2) or (N, P, 2)       row and column, each from -1 to 1; points in space are (P, 3) or (N, P, 3)
+    pixels    (N, P, C)                 colours at coords, from -1 to 1; in space, the distance from a surface
     weights   L+1 arrays (N, in+1, D)   one sine layer each: the kernel, with the bias as its last row
     head      (D+1, C)                  last, linear layer, shared by all images: kernel and bias
     tokens    (N, L*D, D+1)             one per neuron of the L hidden layers: offsets of its incoming weights and bias
@@ -28,6 +28,7 @@ import types
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
 import keras
+import numpy as np
 import torch
 from keras import ops
 
@@ -67,16 +68,17 @@ PRESETS = {
     "paper-wide": {**PAPER, "mlp_ratio": 4},                                                   # MWT-W
     "paper-separate": {**PAPER, "task_weight": 0.0},                                           # WT-sim
     "paper-sequential": {**PAPER, "task_weight": 0.0, "sequential": True, "epochs": 20},       # WT-seq
+    "paper-modelnet": {**PAPER, "dim": 256, "inner_steps": 4, "epochs": 150},                  # 3-D shapes, Figure 3
 }
 
 
 # ---- The SIREN, and its gradient written out ----
 
 
-def coordinates(height, width, dtype="float32"):
-    """Grid of pixel centers on [-1, 1]², row by row: (height * width, 2), each point (row, column)."""
-    rows, columns = ops.linspace(-1.0, 1.0, height, dtype=dtype), ops.linspace(-1.0, 1.0, width, dtype=dtype)
-    return ops.reshape(ops.stack(ops.meshgrid(rows, columns, indexing="ij"), axis=-1), (-1, 2))
+def coordinates(size, dtype="float32"):
+    """Grid on [-1, 1] along each axis. For size (H, W): pixel centers, row by row, (H * W, 2), each (row, column)."""
+    ticks = [ops.linspace(-1.0, 1.0, count, dtype=dtype) for count in size]
+    return ops.reshape(ops.stack(ops.meshgrid(*ticks, indexing="ij"), axis=-1), (-1, len(size)))
 
 
 def affine(inputs, matrix):
@@ -119,9 +121,7 @@ def inner_step(weights, step_sizes, head, coords, pixels, omega):
     """One step of gradient descent on the mean squared error of each image, with elementwise step sizes.
 
     Before the first step all images share the same weights, which then have no axis N and broadcast; what the images
-    share is computed once.
-
-    Returns the new weights and the error (N,) of the old weights. (Paper: inner loop of Algorithm 1.)
+    share is computed once. Returns the new weights. (Paper: inner loop of Algorithm 1.)
     """
     inputs, slopes = [coords], []
     for layer, matrix in enumerate(weights):
@@ -142,43 +142,40 @@ def inner_step(weights, step_sizes, head, coords, pixels, omega):
         adapted.insert(0, weights[layer] - rate * gradient)
         if layer > 0:
             delta = delta @ ops.swapaxes(weights[layer][..., :-1, :], -2, -1)
-    return adapted, mean_square(residual)
+    return adapted
 
 
 def inner_loop(weights, step_sizes, head, samples, omega):
     """K inner steps. A pure function.
 
     step_sizes: K lists with the structure of weights. samples: K+1 pairs (coords, pixels), the last one for the error
-    after the last step. Returns the adapted weights and the errors (K+1, N) before the first and after each step.
+    after the last step. Returns the adapted weights and that error's residual (N, P, C).
     """
-    errors = []
     for rates, (coords, pixels) in zip(step_sizes, samples):
-        weights, error = inner_step(weights, rates, head, coords, pixels, omega)
-        errors.append(error)
+        weights = inner_step(weights, rates, head, coords, pixels, omega)
     coords, pixels = samples[-1]
-    errors.append(mean_square(render(weights, head, coords, omega) - pixels))
-    return weights, ops.stack(errors)
+    return weights, render(weights, head, coords, omega) - pixels
 
 
 @keras.saving.register_keras_serializable("mwt")
 class MetaSiren(keras.layers.Layer):
     """Learned initialization, step sizes and head of the SIREN; adapts the SIREN to images.
 
-    Initial values as published: first kernel U(±1/2), hidden kernels U(±sqrt(6/D)), biases 0; step sizes U(0.1, 1);
-    head U(±1/sqrt(D)), times a scale per channel that starts at 0.1.
+    Initial values as published: first kernel U(±1/axes), hidden kernels U(±sqrt(6/D)), biases 0; step sizes U(0.1,
+    1); head U(±1/sqrt(D)), times a scale per channel that starts at 0.1.
     """
 
-    def __init__(self, channels, dim, depth, omega, inner_steps, inner_steps_test, shared_step_sizes, subsample,
+    def __init__(self, axes, channels, dim, depth, omega, inner_steps, inner_steps_test, shared_step_sizes, subsample,
                  **kwargs):
         super().__init__(**kwargs)
-        self.omega, self.subsample, self.shared_step_sizes = omega, subsample, shared_step_sizes
+        self.axes, self.omega, self.subsample, self.shared_step_sizes = axes, omega, subsample, shared_step_sizes
         self.inner_steps, self.inner_steps_test = inner_steps, inner_steps_test or inner_steps
         self.seed_generator = keras.random.SeedGenerator()
         self.inner_loop = inner_loop  # or its compiled form
         uniform = keras.initializers.RandomUniform
         self.initial, self.step_sizes = [], []  # two groups of variables, each with its own optimizer
         for layer in range(depth + 1):
-            inputs, limit = (dim, math.sqrt(6 / dim)) if layer else (2, 1 / 2)
+            inputs, limit = (dim, math.sqrt(6 / dim)) if layer else (axes, 1 / axes)
             shape = (inputs + 1, dim)
             matrix = self.add_weight(shape=shape, initializer=uniform(-limit, limit), name=f"initial_{layer}")
             matrix.assign(ops.concatenate([matrix[:-1], ops.zeros((1, dim), matrix.dtype)]))  # biases 0
@@ -202,14 +199,19 @@ class MetaSiren(keras.layers.Layer):
 
     def sample_points(self, images, training):
         """One pair (coords, pixels) for each inner step and one more. In training each pair has its own random subset
-        of the points of each image, otherwise all points."""
-        count, height, width, channels = images.shape
-        if channels != self.head.shape[1]:
-            raise ValueError(f"images must have {self.head.shape[1]} channels in their last axis; got {images.shape}")
-        coords = coordinates(height, width, self.dtype)
+        of the points of each image, otherwise all points. Signals that consist of points have one set for each pair."""
+        steps, channels = self.inner_steps if training else self.inner_steps_test, self.head.shape[1]
+        shapes = [tuple(part.shape) for part in keras.tree.flatten(images)]
+        count, height, width = (*shapes[0], 0, 0)[:3]
+        if shapes == [(count, steps + 1, width, last) for last in (self.axes, channels)]:
+            return list(zip(*(ops.unstack(part, axis=1) for part in images)))
+        if self.axes != 2 or shapes != [(count, height, width, channels)]:
+            images = f"images (N, H, W, {channels}), or " if self.axes == 2 else ""
+            raise ValueError(f"the input must be {images}coords (N, {steps + 1}, P, {self.axes}) and values (N, "
+                             f"{steps + 1}, P, {channels}); got the shapes {shapes}")
+        coords = coordinates((height, width), self.dtype)
         pixels = ops.reshape(images, (count, -1, channels))
         points = max(1, round(self.subsample * height * width))
-        steps = self.inner_steps if training else self.inner_steps_test
         if not training or points == height * width:
             return [(coords, pixels)] * (steps + 1)
         # Drawn without replacement: the positions of the largest random numbers. Sorting takes several times longer.
@@ -219,14 +221,14 @@ class MetaSiren(keras.layers.Layer):
                 for drawn in ops.unstack(chosen)]
 
     def call(self, images, training=False):
-        """images (N, H, W, C) in [-1, 1] -> tokens (N, L*D, D+1), errors (K+1, N)."""
+        """Images, or points as in `MWT` -> tokens (N, L*D, D+1), residual after the last inner step (N, P, C)."""
         samples = self.sample_points(images, training)
         initial, head, rates = self.parameters_for(len(samples) - 1)
-        adapted, errors = self.inner_loop(initial, rates, head, samples, self.omega)
+        adapted, residual = self.inner_loop(initial, rates, head, samples, self.omega)
         # Token l*D + j: the offsets of the weights into neuron j of hidden layer l, then that of its bias. The first
         # layer has no tokens, as published.
         offsets = [ops.swapaxes(new - old, -2, -1) for new, old in zip(adapted[1:], initial[1:])]
-        return ops.concatenate(offsets, axis=1), errors
+        return ops.concatenate(offsets, axis=1), residual
 
 
 # ---- The Transformer that classifies the tokens ----
@@ -309,31 +311,36 @@ def one_cycle(step, total_steps, warmup):
 class MWT(keras.Model):
     """Images (N, H, W, C), `float32` in [-1, 1] -> logits (N, num_classes).
 
+    Other signals are given by points: a pair of coords (N, K+1, P, axes) in [-1, 1] and values (N, K+1, P, C), with one
+    set of points for each inner step and one for the error after the last. For 3-D shapes, axes is 3, and the values
+    are distances from the surface.
+
     `HYPERPARAMETERS` explains the arguments. H and W are arbitrary and may differ between training and use. `dtype` is
     the policy of the Transformer; the SIREN uses the type of its variables, because in bfloat16 the relative error of
     the inner loop's gradients is tens of percent. Raises ValueError for invalid arguments.
 
     Metrics: loss = mse + cross entropy; mse, the mean squared error of the reconstruction after the last inner step, on
-    the scale of [-1, 1]; psnr, the mean over images of 10 log10(4 / mse), in dB; accuracy.
+    the scale of [-1, 1]; psnr, the mean over images of 10 log10(4 / mse), in dB, or with other axes than 2: mae, the
+    mean absolute error; accuracy.
     """
 
     def __init__(self, channels=1, num_classes=10, dim=128, depth=4, omega=10.0, inner_steps=6, inner_steps_test=0,
                  shared_step_sizes=False, subsample=1.0, blocks=10, mlp_ratio=1, token_scale=500.0, task_weight=0.01,
-                 sequential=False, dtype=None, **kwargs):
-        config = {name: value for name, value in locals().items() if name in {*PAPER, "channels", "num_classes"}}
+                 sequential=False, axes=2, dtype=None, **kwargs):
+        config = {key: value for key, value in locals().items() if key in {*PAPER, "channels", "num_classes", "axes"}}
         policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
         super().__init__(dtype=policy.variable_dtype, **kwargs)
-        if min(channels, num_classes, dim, depth, inner_steps, blocks, mlp_ratio) < 1:
-            raise ValueError("channels, num_classes, dim, depth, inner_steps, blocks and mlp_ratio must be at least 1")
+        if min(axes, channels, num_classes, dim, depth, inner_steps, blocks, mlp_ratio) < 1:
+            raise ValueError("axes, channels, num_classes, dim, depth, inner_steps, blocks, mlp_ratio: at least 1")
         if dim > 64 and dim % 64:
             raise ValueError(f"dim must be a multiple of 64, or at most 64, for attention heads of 64; it is {dim}")
         if not 0 < subsample <= 1:
             raise ValueError(f"subsample, a fraction of the points, must be above 0 and at most 1; it is {subsample}")
         self.config, self.task_weight, self.sequential = {**config, "dtype": policy.name}, task_weight, sequential
-        self.siren = MetaSiren(channels, dim, depth, omega, inner_steps, inner_steps_test, shared_step_sizes, subsample,
-                               dtype=policy.variable_dtype)
+        self.siren = MetaSiren(axes, channels, dim, depth, omega, inner_steps, inner_steps_test, shared_step_sizes,
+                               subsample, dtype=policy.variable_dtype)
         self.classifier = weight_transformer(num_classes, dim, depth, blocks, mlp_ratio, token_scale, policy)
-        self.trackers = [keras.metrics.Mean(name=name) for name in ("loss", "mse", "psnr")]
+        self.trackers = [keras.metrics.Mean(name=name) for name in ("loss", "mse", "psnr" if axes == 2 else "mae")]
         self.trackers.append(keras.metrics.SparseCategoricalAccuracy(name="accuracy"))
         self.built = True
 
@@ -342,26 +349,25 @@ class MWT(keras.Model):
         return self.classifier(tokens, training=training)
 
     def reconstruct(self, images, steps=None, size=None):
-        """Reconstructions of images (N, H, W, C) in [-1, 1] before the first inner step and after each.
+        """Reconstructions of images (N, H, W, C) in [-1, 1], or of points, before the first inner step and after each.
 
         steps: number of inner steps; None uses inner_steps_test. More than inner_steps need shared step sizes.
-        size: (height, width) of the reconstructions; the SIREN can be sampled at any coordinates. None uses (H, W).
-        Returns a `float32` array (N, steps+1, height, width, C). Raises ValueError if there are no step sizes.
+        size: of the grid on [-1, 1] along each axis, at which the SIREN is sampled; None uses (H, W) of the images, and
+        64 along each axis for points.
+        Returns a `float32` array (N, steps+1, *size, C). Raises ValueError if there are no step sizes.
         """
-        siren, omega = self.siren, self.siren.omega
+        siren = self.siren
+        size = size or ((64,) * siren.axes if isinstance(images, (tuple, list)) else images.shape[1:3])
         with torch.no_grad():
-            images = ops.convert_to_tensor(images, siren.dtype)
-            coords, pixels = siren.sample_points(images, training=False)[0]
-            count, height, width, channels = images.shape
-            height, width = size or (height, width)
-            grid = coordinates(height, width, siren.dtype)
+            images = keras.tree.map_structure(lambda part: ops.convert_to_tensor(part, siren.dtype), images)
+            samples, grid = siren.sample_points(images, training=False), coordinates(size, siren.dtype)
             weights, head, rates = siren.parameters_for(siren.inner_steps_test if steps is None else steps)
-            stages = [ops.repeat(render(weights, head, grid, omega)[None], count, axis=0)]
-            for rate in rates:
-                weights, _ = inner_step(weights, rate, head, coords, pixels, omega)
-                stages.append(render(weights, head, grid, omega))
+            stages = [ops.repeat(render(weights, head, grid, siren.omega)[None], len(samples[0][1]), axis=0)]
+            for rate, sample in zip(rates, samples * len(rates)):
+                weights = inner_step(weights, rate, head, *sample, siren.omega)
+                stages.append(render(weights, head, grid, siren.omega))
             stages = ops.cast(ops.stack(stages, axis=1), "float32")
-            return ops.convert_to_numpy(ops.reshape(stages, (count, -1, height, width, channels)))
+            return ops.convert_to_numpy(ops.reshape(stages, (*stages.shape[:2], *size, -1)))
 
     def compile(self, total_steps, siren_rate=1e-4, step_size_rate=1e-2, classifier_rate=1e-4, warmup=0.05,
                 weight_decay=1e-4, clip_norm=1.0, jit_compile=False):
@@ -393,21 +399,22 @@ class MWT(keras.Model):
         return [*siren.initial, siren.head, siren.head_scale], siren.step_sizes, self.classifier.trainable_variables
 
     def losses(self, images, labels, sample_weight=None, training=False):
-        """Logits (N, num_classes), reconstruction errors (N,) after the last inner step, and the mean cross entropy.
+        """Logits (N, num_classes), residual (N, P, C) after the last inner step, and the mean cross entropy.
         sample_weight (N,) applies to the cross entropy only."""
-        tokens, errors = self.siren(images, training=training)
+        tokens, residual = self.siren(images, training=training)
         # The classifier's gradient reaches the SIREN multiplied by task_weight, and the classifier unchanged.
         tokens = self.task_weight * tokens + (1 - self.task_weight) * ops.stop_gradient(tokens)
         logits = self.classifier(tokens, training=training)
         cross_entropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)(labels, logits, sample_weight)
-        return logits, errors[-1], cross_entropy
+        return logits, residual, cross_entropy
 
     def train_step(self, data):
         images, labels, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        logits, errors, cross_entropy = self.losses(images, labels, sample_weight, training=True)
-        step, learning, loss = int(self.optimizers[0].iterations), (0, 1, 2), ops.mean(errors) + cross_entropy
+        logits, residual, cross_entropy = self.losses(images, labels, sample_weight, training=True)
+        step, learning, mse = int(self.optimizers[0].iterations), (0, 1, 2), ops.mean(mean_square(residual))
+        loss = mse + cross_entropy
         if self.sequential and step < self.steps:
-            learning, loss = (0, 1), ops.mean(errors)
+            learning, loss = (0, 1), mse
         elif self.sequential:
             step, learning, loss = int(self.optimizers[2].iterations), (2,), cross_entropy
         self.zero_grad()
@@ -421,17 +428,17 @@ class MWT(keras.Model):
                 # Keras adds epsilon before it corrects the bias of the second moment, PyTorch (as published) after it.
                 optimizer.epsilon = 1e-8 * math.sqrt(1 - optimizer.beta_2 ** (step + 1))
                 optimizer.apply([variable.value.grad for variable in groups[group]], groups[group])
-            return self.update_metrics(labels, logits, errors, cross_entropy, sample_weight)
+            return self.update_metrics(labels, logits, residual, cross_entropy, sample_weight)
 
     def test_step(self, data):
         images, labels, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         return self.update_metrics(labels, *self.losses(images, labels, sample_weight), sample_weight)
 
-    def update_metrics(self, labels, logits, errors, cross_entropy, sample_weight):
-        loss, mse, psnr, accuracy = self.trackers
+    def update_metrics(self, labels, logits, residual, cross_entropy, sample_weight):
+        (loss, mse, psnr_or_mae, accuracy), errors = self.trackers, mean_square(residual)
         loss.update_state(ops.mean(errors) + cross_entropy, sample_weight=len(errors))
         mse.update_state(errors)
-        psnr.update_state(10 * ops.log10(4 / errors))
+        psnr_or_mae.update_state(10 * ops.log10(4 / errors) if self.siren.axes == 2 else ops.abs(residual))
         accuracy.update_state(labels, logits, sample_weight)
         return self.get_metrics_result()
 
@@ -456,21 +463,35 @@ def build(options, dataset, steps_per_epoch):
     """The models of a run: [(subfolder, compiled model, epochs)]."""
     model = MWT(dataset.image_shape[-1], len(dataset.class_names), options.dim, options.depth, options.omega,
                 options.inner_steps, options.inner_steps_test, options.shared_step_sizes, options.subsample,
-                options.blocks, options.mlp_ratio, options.token_scale, options.task_weight, options.sequential)
+                options.blocks, options.mlp_ratio, options.token_scale, options.task_weight, options.sequential,
+                dataset.axes)
     model.compile(options.epochs * steps_per_epoch, options.siren_rate, options.step_size_rate, options.classifier_rate,
                   options.warmup, options.weight_decay, options.clip_norm, options.compile)
     return [("", model, options.epochs)]
 
 
 def report(models, images, labels, class_names, finer):
-    """No further results; a figure of the first images and their reconstructions before and after each inner step."""
-    rows = []
-    for image, stages in zip(images, models["mwt"].reconstruct(images[:8])):
-        rows.append([(image, "input")] + [(picture, f"step {step}\n{float(ops.psnr(image, picture, 2.0)):.1f} dB")
-                                          for step, picture in enumerate(stages)])
-    return {}, {"reconstructions": rows}
+    """A figure of the first images and their reconstructions before and after each inner step. For 3-D shapes: sections
+    of the distances and views of the surfaces, and the mean absolute error at each step as a further result."""
+    if not isinstance(images, tuple):
+        return {}, {"reconstructions": [
+            [(image, "input"), *((picture, f"step {step}\n{float(ops.psnr(image, picture, 2.0)):.1f} dB")
+                                 for step, picture in enumerate(stages))]
+            for image, stages in zip(images, models["mwt"].reconstruct(images[:8]))]}
+
+    def volumes(count, size):  # true ones, then the stages: (count, K+2, size, size, size, 1)
+        first = keras.tree.map_structure(lambda part: part[:count], images)
+        stages = models["mwt"].reconstruct(first, size=(size, size, size))
+        return np.concatenate([finer(len(stages), size)[:, None], stages], axis=1)
+
+    true, *stages = volumes(200, 16).swapaxes(0, 1)
+    errors = {f"step {step}": float(abs(stage - true).mean()) for step, stage in enumerate(stages)}
+    titles = ["true", *(f"{step}\nerror {error:.3f}" for step, error in errors.items())]
+    rows = [[*zip(row, titles)] for shape in volumes(4, 64) for row in (shape[:, :, 32] / 0.3 - 1, shape)]
+    return {"mean absolute error": errors}, {"reconstructions": rows}
 
 
 ABLATIONS = {"task_weight": [{"task_weight": weight} for weight in (0.0, 0.01, 0.1, 1.0)]}
 TASKS = {"classify": types.SimpleNamespace(presets=PRESETS, hyperparameters=HYPERPARAMETERS, build=build, report=report,
-                                           ablations=ABLATIONS)}
+                                           ablations=ABLATIONS, points=lambda options: (  # in training, and otherwise
+    (options.inner_steps + 1, options.subsample), ((options.inner_steps_test or options.inner_steps) + 1, 1.0)))}

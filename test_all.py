@@ -246,12 +246,12 @@ def test_loss_and_gradient_equal_double_backward(task_weight, subsample, shared)
     model.siren.sample_points = lambda *arguments: samples
     tokens, errors = double_backward_siren(model, samples)
     assert relative_error(model.siren(images, training=True)[0], tokens) < 1e-9
-    logits, actual_errors, cross_entropy = model.losses(images, labels, training=True)
-    assert relative_error(actual_errors, errors) < 1e-9
+    logits, residual, cross_entropy = model.losses(images, labels, training=True)
+    assert relative_error(residual.square().mean(dim=(1, 2)), errors) < 1e-9
     expected_logits = plain_transformer(model.classifier, tokens)
     assert relative_error(logits, expected_logits) < 1e-6  # `keras.ops.matmul` rounds float64 to float32
     variables = [variable.value for variable in model.trainable_variables]
-    actual = torch.autograd.grad(actual_errors.mean() + cross_entropy, variables)
+    actual = torch.autograd.grad(residual.square().mean() + cross_entropy, variables)
     losses = errors.mean(), functional.cross_entropy(expected_logits, labels)
     of_mse, of_task = (torch.autograd.grad(loss, variables, retain_graph=True, materialize_grads=True)
                        for loss in losses)
@@ -294,8 +294,11 @@ def test_reconstruct_renders_every_step_at_any_size():
     model = small_mwt(images)
     stages, larger = model.reconstruct(images), model.reconstruct(images, size=(13, 19))
     assert stages.shape == (5, 4, 7, 7, 1) and larger.shape == (5, 4, 13, 19, 1)
-    errors = model.siren(images)[1].detach().numpy()                            # (steps + 1, N)
-    np.testing.assert_allclose(((stages - images[:, None].numpy()) ** 2).mean(axis=(2, 3, 4)).T, errors, rtol=1e-4)
+    axis = torch.linspace(-1, 1, 7)
+    for step in range(4):
+        samples = [(torch.cartesian_prod(axis, axis), images.flatten(1, 2))] * (step + 1)
+        errors = ((stages[:, step] - images.numpy()) ** 2).mean(axis=(1, 2, 3))
+        np.testing.assert_allclose(errors, double_backward_siren(model, samples)[1].detach(), rtol=1e-4)
     np.testing.assert_allclose(larger[:, :, ::2, ::3], stages, atol=1e-5)  # the two grids share these points
     assert model.reconstruct(images, steps=0).shape == (5, 1, 7, 7, 1)
 
@@ -348,10 +351,10 @@ def test_mwt_trains_like_pytorch(sequential, tmp_path):
                  for optimizer, rate in zip(optimizers, rates)]
 
     def losses(step):
-        _, errors, cross_entropy = copy.losses(images, labels, training=True)
-        indices, loss = (0, 1, 2), errors.mean() + cross_entropy
+        _, residual, cross_entropy = copy.losses(images, labels, training=True)
+        indices, loss = (0, 1, 2), residual.square().mean() + cross_entropy
         if sequential:
-            indices, loss = ((0, 1), errors.mean()) if step < 10 else ((2,), cross_entropy)
+            indices, loss = ((0, 1), residual.square().mean()) if step < 10 else ((2,), cross_entropy)
         for index in indices:
             if optimizers[index].state:  # after its first step
                 schedules[index].step()
@@ -718,8 +721,8 @@ def test_wrong_arguments_and_inputs():
     cases["at least 1"] = [
         lambda: mwt.MWT(inner_steps=0), lambda: mwt.MWT(depth=0), lambda: hyperinr.HyperINR(latent_dim=0),
         lambda: inrn.INRN(num_classes=0), lambda: inrn.PictureFit(width=0)]
-    cases["3 channels"] = [lambda: siren(grey), lambda: siren.fit(grey, labels, verbose=0)]
-    cases[r"\(N, H, W, 3\)"] = [lambda: network(grey), lambda: hyper(grey), lambda: hyper.inpaint(grey, hole)]
+    cases[r"\(N, H, W, 3\)"] = [lambda: siren(grey), lambda: siren.fit(grey, labels, verbose=0), lambda: network(grey),
+                                lambda: hyper(grey), lambda: hyper.inpaint(grey, hole)]
     cases["factor must be at least 1"] = [lambda: hyper.upsample(images, 0.5), lambda: hyper.upsample(images, math.nan)]
     cases[r"boolean, of shape \(8, 8\) or \(5, 8, 8\)"] = [
         functools.partial(hyper.inpaint, images, mask) for mask in (
@@ -978,11 +981,11 @@ def test_augmentation_crops_the_reflected_image(flip):
 @pytest.fixture(scope="session", autouse=True)
 def few_shapes():
     """Reduces `shapes` to 2,200 training and 100 test images."""
-    def load(name, data_dir=None, image_size=None, seed=0, load=data.load):
+    def load(name, data_dir=None, image_size=None, seed=0, points=None, load=data.load):
         draw = functools.partial(data.shapes, size=image_size or 28, seed=seed)
         few = dict(train=data.Split(2_200, lambda: draw(range(2_200))),
                    test=data.Split(100, lambda: draw(range(10_000, 10_100))))
-        return data.Dataset(**{**vars(load(name, data_dir, image_size, seed)), **(few if name == "shapes" else {})})
+        return data.Dataset(**{**vars(load(name, data_dir, image_size, seed, points)), **(few if name == "shapes" else {})})
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(data.LOADERS, "classify", load)
@@ -1099,7 +1102,7 @@ def test_a_whole_run(runs, name, figures, parts, tmp_path, refused):
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_trains_like_model_fit(name, tmp_path):
     options, task = train.parse(RUNS[name])
-    dataset, results = train.load_dataset(options), []
+    dataset, results = train.load_dataset(options, task), []
     for fit in (False, True):
         batches, _ = train.training_batches(options, dataset)
         *_, (_, model, _) = train.build(options, task, dataset, len(batches))
@@ -1135,7 +1138,7 @@ def test_a_run_on_a_tfds_dataset(runs, dummy_mnist, tmp_path, refused, monkeypat
     assert train.main(["--evaluate", str(folder)]) == 0
     assert results_of(folder / "evaluation-dummy_mnist") == results_of(folder)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "load_dataset", lambda options: data.Dataset(None, None, (28, 28, 1), ("a", "b", "c")))
+        patch.setattr(train, "load_dataset", lambda *_: data.Dataset(None, None, (28, 28, 1), ("a", "b", "c")))
         assert "3 classes" in refused("--evaluate", runs / "mwt")
     for damage in (lambda path: path.write_bytes(path.read_bytes()[:5000]), lambda path: path.unlink()):
         damage(folder / "model.keras")
@@ -1359,7 +1362,7 @@ def test_real_signals(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_before_training(tmp_path, monkeypatch, capsys, number):
-    monkeypatch.setattr(train, "load_dataset", lambda options: os.kill(os.getpid(), number))
+    monkeypatch.setattr(train, "load_dataset", lambda *_: os.kill(os.getpid(), number))
     assert run("mwt", tmp_path / "run") == 128 + number
     assert capsys.readouterr().err == "train.py: interrupted\n" and not (tmp_path / "run").exists()
 
@@ -1448,3 +1451,323 @@ def test_readme_commands_are_real(runs, monkeypatch):
     assert "pytest test_all.py" in (HERE / ".ci" / "run").read_text()
     for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", readme):
         assert (HERE / picture).stat().st_size < 300_000
+
+
+# ---- 3-D shapes ----
+
+SOLIDS = ["--method", "mwt", "--dataset", "solids", "--dim", "8", "--depth", "1", "--inner-steps", "2", "--blocks", "1",
+          "--subsample", "0.05", *SMALL]
+CUBE = [(x, y, z) for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)]
+SQUARES = [(0, 1, 3, 2), (4, 5, 7, 6), (0, 1, 5, 4), (2, 3, 7, 6), (0, 2, 6, 4), (1, 3, 7, 5)]
+TRIANGLES = [half for a, b, c, d in SQUARES for half in ((a, b, c), (a, c, d))]
+
+
+def assert_drawn_with(shares, counts):
+    """Chi-square in standard deviations from its mean."""
+    expected, degrees = np.sum(counts) * np.array(shares) / np.sum(shares), len(counts) - 1
+    assert abs(((counts - expected) ** 2 / expected).sum() - degrees) < 4 * math.sqrt(2 * degrees), (counts, expected)
+
+
+def turned(points, row, inverse=False):
+    """Points from the coordinates of a solid (center 0, size 1, angle 0) to those of the cube, or back."""
+    rotation = np.array([[math.cos(row[4]), -math.sin(row[4]), 0], [math.sin(row[4]), math.cos(row[4]), 0], [0, 0, 1]])
+    return (points - row[:3]) / row[3] @ rotation if inverse else row[3] * points @ rotation.T + row[:3]
+
+
+def dense_points(name, a, b, c):
+    """A grid of points on a solid, from its parametric form."""
+    t, angle = np.linspace(0, 1, 301)[:, None], np.linspace(0, 2 * np.pi, 601)
+
+    def revolved(r, z):
+        return np.stack(np.broadcast_arrays(r * np.cos(angle), r * np.sin(angle), z), axis=-1).reshape(-1, 3)
+
+    def lines(*corners):
+        return np.concatenate([revolved(r0 + t * (r1 - r0), z0 + t * (z1 - z0))
+                               for (r0, z0), (r1, z1) in zip(corners, corners[1:])])
+
+    def arc(r, z, radius, first, last):
+        angles = first + t * (last - first)
+        return revolved(r + radius * np.cos(angles), z + radius * np.sin(angles))
+
+    def boxes(*ranges):
+        cube = np.stack(np.meshgrid(*3 * [np.linspace(-1, 1, 61)]), axis=-1).reshape(-1, 3)
+        cube = cube[abs(cube).max(axis=1) == 1]
+        return np.concatenate([(cube + 1) / 2 * np.ptp(limits, axis=1) + np.min(limits, axis=1) for limits in ranges])
+
+    def legs(x, y, bottom, top):
+        return [[sorted((i * x, i * (x - 0.14))), sorted((j * y, j * (y - 0.14))), (bottom, top)]
+                for i in (-1, 1) for j in (-1, 1)]
+
+    half, turn, seat = 0.35 + 0.15 * a, np.pi / 2, 0.3 * b - 0.2
+    return {
+        "sphere": lambda: arc(0, 0, 0.6 + 0.3 * a, -turn, turn),
+        "capsule": lambda: np.concatenate([arc(0, 0.3 + 0.3 * b, 0.25 + 0.25 * a, 0, turn), lines(
+            (0.25 + 0.25 * a, -0.3 - 0.3 * b), (0.25 + 0.25 * a, 0.3 + 0.3 * b)),
+            arc(0, -0.3 - 0.3 * b, 0.25 + 0.25 * a, -turn, 0)]),
+        "torus": lambda: arc(0.5 + 0.2 * a, 0, 0.15 + 0.15 * b, 0, 4 * turn),
+        "cylinder": lambda: lines(*[(i * (0.35 + 0.35 * a), j * (0.4 + 0.4 * b))
+                                    for i, j in ((0, -1), (1, -1), (1, 1), (0, 1))]),
+        "tube": lambda: lines(*[(0.5 + 0.2 * a + i * (0.08 + 0.12 * c), j * (0.3 + 0.4 * b))
+                                for i, j in ((-1, -1), (1, -1), (1, 1), (-1, 1), (-1, -1))]),
+        "cone": lambda: lines((0, -0.6), (0.5 + 0.4 * a, -0.6), (0, 0.5 + 0.4 * b)),
+        "dome": lambda: np.concatenate([lines((0, -0.4), (0.6 + 0.3 * a, -0.4)), arc(0, -0.4, 0.6 + 0.3 * a, 0, turn)]),
+        "box": lambda: boxes([(-0.35 - 0.4 * p, 0.35 + 0.4 * p) for p in (a, b, c)]),
+        "table": lambda: boxes(
+            *legs(0.6 + 0.3 * a, 0.4 + 0.3 * b, -0.4 - 0.3 * c, 0.26 + 0.3 * c),
+            [(-0.6 - 0.3 * a, 0.6 + 0.3 * a), (-0.4 - 0.3 * b, 0.4 + 0.3 * b), (0.26 + 0.3 * c, 0.4 + 0.3 * c)]),
+        "chair": lambda: boxes(*legs(half, half, -0.85, seat - 0.14),
+                               [(-half, half), (-half, half), (seat - 0.14, seat)],
+                               [(-half, -half + 0.14), (-half, half), (seat, 0.65 + 0.25 * c)]),
+    }[name]()
+
+
+@pytest.mark.parametrize("label", range(10))
+def test_distances_from_solids_equal_those_from_dense_points(label):
+    """The nearest of many points is never nearer than the surface, and a little farther."""
+    rows, labels = data.solids([label, label + 10], seed=5)
+    assert labels.tolist() == 2 * [label]
+    np.testing.assert_array_equal(rows[1], data.solids([label + 10], seed=5)[0][0])  # depends on (seed, index) alone
+    for row in rows:
+        coords = np.random.default_rng(label).uniform(-1, 1, (60, 3))
+        points = turned(dense_points(data.SOLIDS[label], *row[5:]), row.astype(float))
+        expected = [np.sqrt(((points - query) ** 2).sum(axis=1)).min() for query in coords]
+        excess = expected - data.solid_distances(row, label, coords)
+        assert -1e-6 < excess.min() and excess.max() < 0.01 and excess.mean() < 5e-4
+
+
+def test_points_of_solids_are_uniform_by_area():
+    rows, labels = data.solids(range(10), seed=1)
+    points = {}
+    for row, label in zip(rows, labels):
+        drawn = data.solid_points(row, label, 20_000, np.random.default_rng(label))
+        distances = data.solid_distances(row, label, drawn)
+        assert drawn.shape == (20_000, 3) and np.quantile(distances, 0.999) < 1e-6 and distances.max() < 0.004
+        points[data.SOLIDS[label]] = turned(drawn, row, inverse=True), row[5:]
+    (x, y, z), (a, b, _) = points["torus"][0].T, points["torus"][1]
+    edges = np.linspace(-np.pi, np.pi, 13)
+    assert_drawn_with(np.diff((0.5 + 0.2 * a) * edges + (0.15 + 0.15 * b) * np.sin(edges)),
+                      np.histogram(np.arctan2(z, np.hypot(x, y) - 0.5 - 0.2 * a), edges)[0])
+    (x, y, z), (a, b, _) = points["cone"][0].T, points["cone"][1]
+    radius, base = 0.5 + 0.4 * a, z < -0.6 + 1e-5
+    counts = [np.histogram(np.hypot(x, y)[part] ** 2, 5, (0, radius**2))[0] for part in (base, ~base)]
+    assert_drawn_with([radius] * 5 + [math.hypot(radius, 1.1 + 0.4 * b)] * 5, np.ravel(counts))
+    box, half = points["box"][0], 0.35 + 0.4 * points["box"][1]
+    face = abs(abs(box) - half).argmin(axis=1)
+    assert_drawn_with(np.repeat(1 / half, 2), np.bincount(2 * face + (box[np.arange(20_000), face] > 0)))
+    height, radius = points["sphere"][0][:, 2], 0.6 + 0.3 * points["sphere"][1][0]
+    assert_drawn_with([1] * 8, np.histogram(height, 8, (-radius, radius))[0])
+
+
+def test_points_of_meshes_are_uniform_by_area():
+    """Over faces of unequal size, and over the four triangles into which the middles of its sides divide a face."""
+    corners = np.random.default_rng(0).normal(size=(20, 3, 3))
+    corners[..., 2] = 4 * np.arange(20)[:, None]  # a point's height tells its face
+    points = data.mesh_points(corners.reshape(-1, 3), np.arange(60).reshape(20, 3), largest=0.5) / 32767
+    assert points.shape == (32_768, 3) and abs(points.mean(axis=0)).max() < 1e-4
+    assert abs(points).max() == pytest.approx(0.5, abs=1e-4)
+    face = (19 * (points[:, 2] - points[:, 2].min()) / np.ptp(points[:, 2])).round().astype(int)
+    sides = (corners[:, 1:] - corners[:, :1])[..., :2]
+    areas = abs(np.linalg.det(sides))
+    assert_drawn_with(areas, np.bincount(face))
+    within = points[:, :2] * 76 / np.ptp(points[:, 2])  # corners' units; a face's center is taken from its points
+    within -= np.stack([within[face == index].mean(axis=0) for index in range(20)])[face]
+    weights = np.linalg.solve(sides[face].swapaxes(1, 2), within[..., None])[..., 0] + 1 / 3
+    weights = np.column_stack([1 - weights.sum(axis=1), weights])
+    assert weights.min() > -0.05
+    assert np.bincount(np.where(weights.max(1) > 0.5, weights.argmax(1), 3)) / 32_768 == pytest.approx(4 * [0.25], abs=0.02)
+
+
+def test_distances_from_points_equal_a_loop():
+    rng = np.random.default_rng(0)
+    points, coords = rng.integers(-32767, 32768, (40, 3), np.int16), rng.uniform(-1, 1, (25, 3)).astype("float32")
+    expected = [min(math.dist(query, point / 32767) for point in points) for query in coords]
+    np.testing.assert_allclose(data.point_distances(points, 0, coords), expected, atol=1e-6)
+    moved = data.point_distances(points, 0, coords, np.random.default_rng(1))
+    rng = np.random.default_rng(1)
+    points = rng.uniform(0.9, 1.1) * points / 32767 + rng.normal(0, 0.01, points.shape)
+    np.testing.assert_allclose(moved, [min(math.dist(query, point) for point in points) for query in coords], atol=1e-6)
+
+
+def write_off(path, header="OFF\n", faces=SQUARES, vertices=CUBE, ending=""):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [" ".join(map(str, vertex)) for vertex in vertices]
+    lines += [f"{len(face)} {' '.join(map(str, face))}{ending}" for face in faces]
+    path.write_text(f"{header}{len(vertices)} {len(faces)} 0\n" + "\n".join(lines) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("form", [{}, {"header": "OFF"}, {"header": "OFF "}, {"header": "OFF # here\n\n# a cube\n"},
+                                  {"ending": " 255 0 0"}, {"ending": "  # a face"}, {"faces": TRIANGLES},
+                                  {"faces": TRIANGLES, "ending": " 0.5 0.5 0.5"}])
+def test_all_forms_of_off_files_are_read(tmp_path, form):
+    vertices, triangles = data.read_off(write_off(tmp_path / "a.off", **form))
+    np.testing.assert_array_equal(vertices, CUBE)
+    assert {*map(frozenset, triangles.tolist())} == {*map(frozenset, TRIANGLES)}
+
+
+@pytest.mark.parametrize("change, hint", [
+    (lambda text: text[:60], "vertices"), (lambda text: text[:-3], "faces"), (lambda text: text[:-15], "faces"),
+    (lambda text: "", "OFF"), (lambda text: "ply\n" + text, "OFF"), (lambda text: "OFF\n0 0 0\n", "zero-size|area"),
+    (lambda text: "OFF 8", "index"), (lambda text: text.replace("-1 -1 1", "-1 nan 1"), "finite"),
+    (lambda text: text.replace("4 5 7 6", "4 5 9 6"), "index 9"), (lambda text: text.replace("-1", "1"), "area"),
+    (lambda text: text.replace("4 5 7 6", "4 5 -9 6"), "corner"), (lambda text: text.replace("4 0 1", "4 x 1"), "'x'"),
+    (lambda text: text.replace("8 6 0\n", "8 0 0\n"), "zero-size|area"), (lambda text: "\0\xff" * 50, "OFF")])
+def test_broken_off_files_are_named(tmp_path, change, hint):
+    path = write_off(tmp_path / "a.off")
+    path.write_text(change(path.read_text()))
+    with pytest.raises(data.DataError, match=f"cannot read .*a.off.*({hint})") as error:
+        data.read_off(path)
+    assert "\n" not in str(error.value)
+
+
+POINTS = ((3, 1e-3), (3, 1e-3))
+
+
+def test_modelnet_is_read_once_and_its_errors_are_named(tmp_path, monkeypatch):
+    for label in range(3):  # boxes
+        for name in ("train/a", "train/b", "test/c"):
+            write_off(tmp_path / f"class{label}" / f"{name}.off", vertices=np.array(CUBE) * [1, 1 + label, 2])
+    broken, whole = tmp_path / "class1/train/a.off", (tmp_path / "class1/train/a.off").read_text()
+    broken.write_text(whole[:-20])
+    with pytest.raises(data.DataError, match="cannot read .*a.off"):
+        data.load("modelnet10", str(tmp_path), points=POINTS).test.arrays
+    assert not [path for path in tmp_path.iterdir() if path.is_file()]
+    broken.write_text(whole)
+    dataset = data.load("modelnet10", str(tmp_path), points=POINTS)
+    (coords, distances), labels = dataset.test.examples(np.arange(3))
+    assert (len(dataset.train), dataset.image_shape, coords.shape) == (6, (3, 32, 1), (3, 3, 32, 3))
+    assert labels.tolist() == [0, 1, 2] and dataset.class_names == ("class0", "class1", "class2")
+    half = np.array([(1, 1 + label, 2) for label in range(3)]) / [[max(2, 1 + label)] for label in range(3)]
+    outside = abs(coords) - half[:, None, None]
+    expected = np.linalg.norm(np.maximum(outside, 0), axis=-1) - np.minimum(outside.max(axis=-1), 0)
+    np.testing.assert_allclose(distances[..., 0], expected, atol=0.04)
+    monkeypatch.setattr(data, "read_off", lambda path: pytest.fail("the files are read again"))
+    again = data.load("modelnet40", str(tmp_path), points=POINTS)
+    np.testing.assert_array_equal(again.test.examples(np.arange(3))[0][1], distances)
+    (tmp_path / "full").mkdir()
+    for folder in (str(tmp_path / "class0"), str(tmp_path / "full"), None):
+        with pytest.raises(data.DataError, match="--data-dir"):
+            data.load("modelnet40", folder, points=POINTS)
+
+
+def test_points_are_drawn_anew_for_each_batch_and_epoch():
+    split = data.load("solids", points=((4, 0.02), (3, 0.05))).train
+    batches, other, augmented = (data.Batches(split, np.arange(50), 8, seed, augment)
+                                 for seed, augment in ((1, False), (2, False), (1, True)))
+
+    def expected(coords, indices, factor=1.0):
+        return np.array([factor * data.solid_distances(*one, points / factor)
+                         for one, points in zip(zip(*data.solids(indices)), coords.reshape(len(coords), -1, 3))])
+
+    (coords, distances), labels = batches[2]
+    assert coords.shape == (8, 4, 20, 3) and coords.dtype == distances.dtype == "float32"
+    np.testing.assert_allclose(distances.reshape(8, -1), expected(coords, batches.order[16:24]), rtol=1e-6)
+    drawn = [coords, batches[3][0][0], other[2][0][0]]
+    np.testing.assert_array_equal(batches[2][0][0], coords)
+    batches.begin(2)
+    drawn = np.array([*drawn, batches[2][0][0]])
+    assert len({part.tobytes() for part in drawn.reshape(-1, 60)}) == 4 * 8 * 4
+    assert_drawn_with([1] * 10, np.histogram(drawn, 10, (-1, 1))[0])
+    fixed = [np.concatenate([data.Batches(split, np.arange(12), n)[i][0][1] for i in range(12 // n)]) for n in (3, 4)]
+    assert fixed[0].shape == (12, 3, 51, 1) and np.array_equal(*fixed)
+    (coords, distances), _ = augmented[2]
+    errors = np.array([abs(expected(coords, augmented.order[16:24], factor) - distances.reshape(8, -1)).max(axis=1)
+                       for factor in np.linspace(0.9, 1.1, 401)])
+    assert errors.min(axis=0).max() < 1e-3 and len({*errors.argmin(axis=0)}) > 4
+
+
+def some_points(count=6, axes=3, channels=1):
+    generator = torch.Generator().manual_seed(0)
+    return (2 * torch.rand(count, 4, 30, axes, generator=generator, dtype=torch.float64) - 1,
+            torch.rand(count, 4, 30, channels, generator=generator, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("axes, channels, shared", [(3, 1, False), (3, 2, True), (2, 3, False)])
+def test_the_step_from_points_equals_double_backward(axes, channels, shared):
+    points = some_points(axes=axes, channels=channels)
+    model = small_mwt(points[1], "float64", axes=axes, shared_step_sizes=shared)
+    assert model.siren.initial[0].shape == (axes + 1, 8)
+    assert 0.9 / axes < abs(model.siren.initial[0].numpy()).max() < 1 / axes
+    tokens, residual = model.siren(points, training=True)
+    expected, errors = double_backward_siren(model, [*zip(*(part.unbind(1) for part in points))])
+    assert relative_error(tokens, expected) < 1e-9
+    assert relative_error(residual.square().mean(dim=(1, 2)), errors) < 1e-9
+    variables = [variable.value for variable in model.siren.trainable_variables]
+    for one, two in zip(torch.autograd.grad((tokens**3).sum() + residual.square().mean(), variables),
+                        torch.autograd.grad((expected**3).sum() + errors.mean(), variables)):
+        assert relative_error(one, two) < 1e-9
+
+
+def test_fit_evaluate_predict_save_and_load_points(tmp_path):
+    signal, labels = tuple(part.numpy().astype("float32") for part in some_points(60)), np.arange(60) % 3
+    model = small_mwt(signal[1], axes=3, num_classes=3)
+    model.compile(total_steps=40, siren_rate=3e-3, step_size_rate=1e-1)
+    history = model.fit(signal, labels, batch_size=15, epochs=10, verbose=0, validation_data=(signal, labels)).history
+    assert history["val_mae"][-1] < history["val_mae"][0] and "psnr" not in history
+    metrics = model.evaluate(signal, labels, batch_size=7, verbose=0, return_dict=True)
+    residual = model.siren(signal)[1].detach().numpy()
+    assert metrics["mae"] == pytest.approx(abs(residual).mean(), rel=1e-4)
+    assert metrics["mse"] == pytest.approx((residual**2).mean(), rel=1e-4)
+    assert metrics["accuracy"] == pytest.approx((model.predict(signal, verbose=0).argmax(1) == labels).mean())
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(loaded.predict(signal, verbose=0), model.predict(signal, verbose=0))
+    np.testing.assert_array_equal(loaded.reconstruct(signal, size=(4, 5, 6)), model.reconstruct(signal, size=(4, 5, 6)))
+    assert model.reconstruct(signal, size=(4, 5, 6)).shape == (60, 4, 4, 5, 6, 1)
+
+
+def test_wrong_shapes_are_refused():
+    coords, values = some_points()
+    model = small_mwt(values, "float64", axes=3)
+    for signal in ((coords[..., :2], values), (coords, values[:, :3]), (coords[:, :3], values[:, :3]), coords, [coords],
+                   (coords, values[:4]), (coords, values[..., 0]), (coords[:, 0], values[:, 0]), (coords, values) * 2):
+        with pytest.raises(ValueError, match=r"coords \(N, 4, P, 3\) and values \(N, 4, P, 1\)"):
+            model(signal)
+
+
+def test_a_copy_of_mwt_trains_on_a_pair_of_arrays(tmp_path):
+    shutil.copy(HERE / "mwt.py", tmp_path)
+    done = run_python("-c", """import numpy as np, mwt
+model = mwt.MWT(1, 3, 8, 1, inner_steps=2, blocks=1, axes=3)
+model.compile(total_steps=2)
+coords, values = np.random.uniform(-1, 1, (8, 3, 20, 3)), np.random.uniform(0, 1, (8, 3, 20, 1))
+print(model.fit((coords, values), np.arange(8) % 3, batch_size=4, verbose=0).history["mae"])""", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.startswith("["), done.stderr
+
+
+def test_a_whole_run_on_solids(tmp_path, capsys, monkeypatch):
+    create, save, a, b = data.Surfaces.__init__, train.Run.save, tmp_path / "a", tmp_path / "b"
+    monkeypatch.setattr(data, "POINTS", 2000)
+    monkeypatch.setattr(data.Surfaces, "__init__", lambda split, count, *rest: create(split, min(count, 200), *rest))
+    assert train.main([*SOLIDS, "--run-dir", str(a)]) == 0
+    results, rows = results_of(a), (a / "history.csv").read_text()
+    assert [*results["mean absolute error"]] == ["step 0", "step 1", "step 2"]
+    assert results["mean absolute error"]["step 2"] == pytest.approx(results["test_mae"], rel=0.1)
+    assert "mae" in rows and "val_mae" in rows and (a / "reconstructions.png").stat().st_size > 1000
+
+    def stop(run):
+        save(run)
+        if run.epoch == 1:
+            raise train.Interrupted(2)
+
+    monkeypatch.setattr(train.Run, "save", stop)
+    assert train.main([*SOLIDS, "--run-dir", str(b)]) == 130
+    monkeypatch.setattr(train.Run, "save", save)
+    assert train.main(["--resume", str(b)]) == 0 and (b / "history.csv").read_text() == rows
+    assert train.main(["--evaluate", str(a)]) == 0
+    assert results_of(a / "evaluation-solids")["test_mae"] == results["test_mae"]
+    assert train.main(["--predict", str(a), str(write_off(tmp_path / "cube.off")), str(HERE / "README.md")]) == 1
+    output = capsys.readouterr()
+    assert "cube.off: " in output.out and "cannot read" in output.err and len([*(a / "predictions").iterdir()]) == 1
+    assert train.main([*SOLIDS, "--benchmark"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["ms_per_step"] > 0
+    with pytest.raises(SystemExit):
+        train.main(["--evaluate", str(a), "--dataset", "shapes"])
+    assert "10 classes, 2 axes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments, hint", [
+    ("--method hyperinr --dataset solids", "--method mwt"), ("--dataset solids --image-size 20", "--image-size"),
+    (f"--dataset modelnet40 --data-dir {HERE / 'assets'}", "--data-dir")])
+def test_what_does_not_fit_surfaces_is_refused(arguments, hint, tmp_path, refused):
+    assert hint in refused(*arguments.split(), "--run-dir", tmp_path / "run")

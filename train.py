@@ -13,6 +13,7 @@ A method is a file beside this one that defines `TASKS`, a dict from a task ("cl
     report           (models, images, labels, class_names, finer) -> further results {name: {name: number}}, and
                      figures {name: rows of (picture, title)}
     ablations        {name: [{hyperparameter: value}, …]}, one dict per variant
+    points           optional, for surfaces: options -> the argument `points` of `data.load_surfaces`
 """
 
 import argparse
@@ -91,11 +92,11 @@ def parse(arguments):
     use = parser.add_argument_group("instead of a new run").add_mutually_exclusive_group()
     use.add_argument("--resume", type=pathlib.Path, metavar="RUN_FOLDER", help="continue an interrupted run")
     use.add_argument("--evaluate", type=pathlib.Path, metavar="RUN_FOLDER", help="evaluate it, or on another --dataset")
-    use.add_argument("--predict", type=pathlib.Path, nargs="*", metavar=("RUN_FOLDER", "IMAGE"), help="classify images")
+    use.add_argument("--predict", type=pathlib.Path, nargs="*", metavar=("RUN_FOLDER", "FILE"), help="classify images")
     use.add_argument("--benchmark", action="store_true", help="time a training step")
     known = parser.parse_known_args(arguments)[0]
     if known.predict is not None and len(known.predict) < 2:
-        refuse("--predict needs the folder of a run, followed by image files")
+        refuse("--predict needs the folder of a run, followed by image files (for surfaces: .off files)")
     folder = known.resume or known.evaluate or (known.predict or [None])[0]
     config = {**read_config(folder), "run_dir": folder} if folder else {}
 
@@ -107,14 +108,14 @@ def parse(arguments):
     task = method.TASKS[choose("task", method.TASKS, "classify")]
     preset = task.presets[choose("preset", task.presets, "quick")]
     add = parser.add_argument
-    add("--dataset", default="shapes", help="shapes (default) or the TFDS name of an image classification dataset, "
-        "mnist for example; with --task fit: shapes, shapes-video, an image file, or a folder with a video's frames")
+    add("--dataset", default="shapes", help="shapes (default), solids, modelnet10, modelnet40, or the TFDS name of an "
+        "image classification dataset; with --task fit: shapes, shapes-video, an image file, or a folder of frames")
     add("--seed", type=number(int, 0), default=0, help="of weights, data order, augmentation and shapes (default: 0)")
     add("--limit", type=number(int, 1), help="largest number of training images (default: all)")
     add("--validation-images", type=number(int, 0), help="training images held out for validation (default: 2000)")
     add("--image-size", type=number(int, 8), help="scale and crop images to this size; frames: longest side (256)")
     add("--augment", action="store_true", help="shift images at random, and mirror them unless they show characters")
-    add("--data-dir", type=os.path.abspath, help="TFDS data folder (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)")
+    add("--data-dir", type=os.path.abspath, help="folder of ModelNet or TFDS ($TFDS_DATA_DIR or ~/tensorflow_datasets)")
     add("--run-dir", type=pathlib.Path, help="output folder (default: runs/<method>-<task>-<dataset>-<preset>-<seed>)")
     add("--save-every", type=number(int, 1), default=500, help="steps between checkpoints in an epoch (default: 500)")
     add("--precision", choices=["float32", "mixed_bfloat16"], default="float32", help="of everything but the INR")
@@ -173,8 +174,14 @@ def file_name(dataset):
 # ---- Data ----
 
 
-def load_dataset(options):
-    return data.LOADERS[options.task](options.dataset, options.data_dir, options.image_size, options.seed)
+def load_dataset(options, task):
+    points = vars(task).get("points", lambda options: None)
+    return data.LOADERS[options.task](options.dataset, options.data_dir, options.image_size, options.seed,
+                                      points(options))
+
+
+def to_tensors(batch):
+    return keras.tree.map_structure(keras.ops.convert_to_tensor, batch)
 
 
 def training_batches(options, dataset):
@@ -324,7 +331,7 @@ class Run:
         self.batches.begin(self.epoch + 1)
         with signal_handler(self.on_signal):
             while self.epoch < self.epochs:
-                logs = self.model.train_step([keras.ops.convert_to_tensor(array) for array in self.batches[self.step]])
+                logs = self.model.train_step(to_tensors(self.batches[self.step]))
                 self.step += 1
                 stop, last = self.signal, self.step == len(self.batches)  # read once: a signal can arrive at any moment
                 save = stop or last or self.step % self.save_every == 0
@@ -394,7 +401,7 @@ def train(options, task):
 
 
 def train_models(options, task, folder):
-    dataset = load_dataset(options)
+    dataset = load_dataset(options, task)
     batches, validation = training_batches(options, dataset)
     models = build(options, task, dataset, len(batches))
     dataset.train.arrays, dataset.test.arrays  # read now: errors in the data have to appear before training
@@ -402,7 +409,7 @@ def train_models(options, task, folder):
         versions = {"python": platform.python_version(), **{m.__name__: m.__version__ for m in (keras, torch, np)}}
         write_json(folder / "config.json", {
             **{name: value for name, value in vars(options).items() if name not in NOT_IN_CONFIG},
-            "image_shape": dataset.image_shape, "class_names": dataset.class_names, "versions": versions})
+            **{name: getattr(dataset, name) for name in ("image_shape", "axes", "class_names")}, "versions": versions})
     runs = {subfolder or options.method: Run(folder / subfolder, model, epochs, batches, validation, options.save_every)
             for subfolder, model, epochs in models}
     print(f"{options.method} on {options.dataset}: {len(batches.indices):,} training images of {dataset.image_shape}, "
@@ -472,13 +479,14 @@ def report(options, task, dataset, folder, target):
         metrics = model.evaluate(evaluation_batches(dataset, dataset.test), verbose=0, return_dict=True)
         values = {f"test_{metric}": value for metric, value in metrics.items()} | {"parameters": model.count_params()}
         results |= values if name == options.method else {name: values}
-        formats = {"accuracy": "test accuracy {:.2%}", "psnr": "PSNR {:.2f} dB", "ssim": "SSIM {:.4f}"}
+        formats = {"accuracy": "test accuracy {:.2%}", "psnr": "PSNR {:.2f} dB", "ssim": "SSIM {:.4f}",
+                   "mae": "mean absolute error {:.4f}"}
         shown = [text.format(metrics[metric]) for metric, text in formats.items() if metric in metrics]
-        print(f"{name}: {', '.join(shown)} on {len(dataset.test):,} images; {model.count_params():,} parameters")
-    images, labels = dataset.test[np.arange(min(1000, len(dataset.test)))]
-    further, figures = task.report(models, data.scale(images), labels, dataset.class_names, dataset.finer)
+        print(f"{name}: {', '.join(shown)} on {len(dataset.test):,} examples; {model.count_params():,} parameters")
+    images, labels = dataset.test.examples(np.arange(min(1000 if dataset.axes == 2 else 100, len(dataset.test))))
+    further, figures = task.report(models, images, labels, dataset.class_names, dataset.finer)
     for name, values in further.items():
-        print(f"{name}: " + ", ".join(f"{what} {value:.2f}" for what, value in values.items()))
+        print(f"{name}: " + ", ".join(f"{what} {value:.4g}" for what, value in values.items()))
     for name, rows in figures.items():
         draw_grid(rows, target / f"{name}.png")
     return results | further
@@ -486,8 +494,8 @@ def report(options, task, dataset, folder, target):
 
 def evaluate(options, task):
     """Evaluates a run on the test split of its dataset, or of another one with the same number of classes."""
-    folder, dataset = options.run_dir, load_dataset(options)
-    numbers = [f"{len(x.class_names)} classes and {x.image_shape[-1]} channels" for x in (dataset, options)]
+    folder, dataset = options.run_dir, load_dataset(options, task)
+    numbers = [f"{len(x.class_names)} classes, {x.axes} axes, {x.image_shape[-1]} channels" for x in (dataset, options)]
     if numbers[0] != numbers[1]:
         refuse(f"{options.dataset} has {numbers[0]}, the model of {folder} has {numbers[1]}: use a matching --dataset")
     target = folder / f"evaluation-{file_name(options.dataset)}"
@@ -506,7 +514,7 @@ def predict(options, task):
     target.mkdir(exist_ok=True)
     for index, path in enumerate(files):
         try:
-            image = data.scale(data.read_image(path, *options.image_shape)[None])
+            image, finer = data.read_example(options.dataset, path, options.image_shape)
         except data.DataError as error:
             print(f"train.py: {error}", file=sys.stderr)
             status = 1
@@ -514,7 +522,7 @@ def predict(options, task):
         probabilities = keras.ops.convert_to_numpy(keras.ops.softmax(model.predict(image, verbose=0)))[0]
         print(f"{path}: " + ", ".join(f"{options.class_names[label]} {probabilities[label]:.1%}"
                                       for label in np.argsort(-probabilities)[:3]))
-        for name, rows in task.report({options.method: model}, image, None, options.class_names, None)[1].items():
+        for name, rows in task.report({options.method: model}, image, None, options.class_names, finer)[1].items():
             draw_grid(rows, target / f"{index}-{path.stem[:100]}-{name}.png")
     return status
 
@@ -522,14 +530,33 @@ def predict(options, task):
 # ---- Figures ----
 
 
+def view_surface(distances, level=0.05):
+    """A picture (H, W) in [-1, 1] of the points at the distance `level` from a surface, obliquely from above.
+
+    distances: on a grid (X, Y, Z) on [-1, 1]³.
+    """
+    right, up, depth = torch.tensor([[0.87, 0.5, 0.0], [-0.25, 0.43, 0.87], [-0.43, 0.75, -0.5]])
+    steps = torch.linspace(-1.1, 1.1, 96)
+    grid = steps[:, None, None, None] * depth - steps[:, None, None] * up + steps[:, None] * right
+    # A ray for each pixel, along the first axis. Outside of the cube, where grid_sample returns 0, the distance is 1.
+    values = torch.nn.functional.grid_sample(torch.tensor(distances)[None, None] - 1, grid.flip(-1)[None],
+                                             align_corners=True)[0, 0].numpy() + 1
+    first = (values < level).argmax(axis=0)[None]
+    normal = np.concatenate([np.take_along_axis(slope, first, axis=0) for slope in np.gradient(values)])
+    light = np.tensordot([-0.6, -0.7, -0.3], normal / (np.linalg.norm(normal, axis=0) + 1e-9), axes=1)
+    return np.where((values < level).any(axis=0), 1.6 * light - 0.8, 1.0)
+
+
 def draw_grid(rows, path):
-    """rows: lists of (picture, title). Pictures are (H, W, C) or (H, W), in [-1, 1], of any size."""
+    """rows: lists of (picture, title). Pictures are (H, W, C) or (H, W), in [-1, 1], of any size, or distances from a
+    surface (X, Y, Z, 1), which are drawn by `view_surface`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1.3 * len(rows[0]), 1.6 * len(rows)), layout="constrained")
     for row, axes_row in zip(rows, figure.subplots(len(rows), len(rows[0]), squeeze=False)):
         for (picture, title), axes in zip(row, axes_row):
-            picture = picture[..., 0] if picture.ndim == 3 and picture.shape[-1] == 1 else picture
+            picture = picture[..., 0] if picture.ndim > 2 and picture.shape[-1] == 1 else picture
+            picture = view_surface(picture) if picture.ndim == 3 and picture.shape[-1] > 4 else picture
             axes.imshow(np.clip(picture / 2 + 0.5, 0, 1), cmap="gray", vmin=0, vmax=1)
             axes.set_title(title, fontsize=9)
             axes.axis("off")
@@ -565,11 +592,11 @@ def benchmark(options, task):
         timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
         return timer.blocked_autorange(min_run_time=3).median  # synchronizes with a GPU
 
-    dataset = load_dataset(options)
-    batch = [keras.ops.convert_to_tensor(array) for array in training_batches(options, dataset)[0][0]]
+    dataset = load_dataset(options, task)
+    batch = to_tensors(training_batches(options, dataset)[0][0])
     model = build(options, task, dataset, 1000)[-1][1]
-    device, count = model.trainable_variables[0].value.device, len(batch[0])
-    print(f"{options.preset}: batch {tuple(batch[0].shape)}, {device_name()}", flush=True)
+    device, count = model.trainable_variables[0].value.device, len(batch[1])
+    print(f"{options.preset}: batch {(count, *dataset.image_shape)}, {device_name()}", flush=True)
     step_seconds = seconds(lambda: model.train_step(batch))
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     memory = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else resident
