@@ -565,8 +565,11 @@ def point_distances(points, label, coords, rng=None):
     points = points / np.float32(32767)
     if rng:
         points = rng.uniform(0.9, 1.1) * points + rng.normal(0, 0.01, points.shape)
-    tree = scipy.spatial.cKDTree(points, balanced_tree=False, compact_nodes=False)  # built in a third of the time
-    return tree.query(coords, workers=-1)[0].astype(np.float32)
+    tree = scipy.spatial.cKDTree(points, 32, balanced_tree=False, compact_nodes=False)  # faster than the defaults
+    order = np.argsort(np.floor(8 * coords) @ [4096, 64, 1])  # neighbouring queries visit the same parts of the tree
+    distances = np.empty(len(coords), np.float32)
+    distances[order] = tree.query(coords[order], workers=-1)[0]
+    return distances
 
 
 # ---- Batches ----

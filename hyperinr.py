@@ -73,7 +73,8 @@ HYPERPARAMETERS = {
     "hyper_rate": (5e-5, "learning rate of the hypernetworks and, except in pretrained, of the encoder"),
     "classifier_rate": (1e-2, "learning rate of the classifier in joint"),
     "separate_rate": (1e-3, "learning rate of the classifier if it is trained separately: latent, weights, pretrained"),
-    "classifier_part": (0.2, "fraction of the steps that train a separately trained classifier (our choice)"),
+    "classifier_epochs": (3, "further epochs that train the classifier if it is trained separately"),
+    "freeze_encoder": (True, "in pretrained, keep the encoder as it is after its training as a classifier"),
     "final_rate": (1.0, "final learning rates as a fraction of the initial ones, with cosine decay; 1: constant rates"),
     "batch_size": (64, "number of images per training step (our choice)"),
     "epochs": (50, "number of passes over the training images (our choice)"),
@@ -107,6 +108,14 @@ def render(theta, coords, omega):
 
 
 # ---- From an image to the parameters of its SIREN ----
+
+
+def standardize(scale=None, **kwargs):
+    """Batch normalization to mean 0 and standard deviation 1, or first `scale`, which is then learned."""
+    return keras.layers.BatchNormalization(  # epsilon: below the variances of latents and parameters
+        center=False, scale=bool(scale), gamma_initializer=keras.initializers.Constant(scale or 1.0), momentum=0.9,
+        epsilon=1e-8, **kwargs)
+
 
 CONV_OPTIONS = dict(padding="same", data_format="channels_last", kernel_initializer="he_normal")
 
@@ -150,11 +159,14 @@ def image_encoder(image_size, channels, latent_dim, width, dtype):
 
 
 def pixel_encoder(image_size, channels, latent_dim, dtype):
-    """First layer of the two-layer MLP that classifies pixels: images (N, S, S, C) -> latents (N, V) (section 4.2)."""
+    """First layer of the two-layer MLP that classifies pixels: images (N, S, S, C) -> latents (N, V) (section 4.2).
+
+    The features are centred and scaled to 0.1, for which `HyperNetwork` is made (our choice)."""
     return keras.Sequential([
         keras.Input((image_size, image_size, channels)),
         keras.layers.Flatten("channels_last", dtype=dtype),
         keras.layers.Dense(latent_dim, activation="relu", dtype=dtype),
+        standardize(0.1, dtype=dtype.variable_dtype),
     ], name="encoder")
 
 
@@ -206,29 +218,27 @@ def weight_tensor(theta):
 
 def latent_classifier(num_classes, latent_dim, hidden_layers, dtype):
     """MLP: latents (N, V) -> logits (N, num_classes). It has one hidden layer (sections 4.1 and 5), or none if
-    `pixel_encoder` is the hidden layer (section 4.2)."""
+    `pixel_encoder` is the hidden layer (section 4.2).
+
+    Latents are standardized first (our choice): they have a common offset and differ by 0.04 only (MNIST).
+    """
     return keras.Sequential([
         keras.Input((latent_dim,)),
+        standardize(dtype=dtype.variable_dtype),
         *[keras.layers.Dense(latent_dim, "relu", dtype=dtype) for _ in range(hidden_layers)],
         keras.layers.Dense(num_classes, dtype=dtype.variable_dtype),  # logits in full precision
     ], name="classifier")
 
 
-@keras.saving.register_keras_serializable("hyperinr")
-class ToPicture(keras.layers.Layer):
-    """theta* (N, L+2, D, D) -> (N, D, D, L+2). Each kernel is multiplied by its number of inputs because it starts as
-    U(±1/inputs) (our choice). Keras's Permute and Rescaling do the same, but Rescaling tries to import TensorFlow."""
-
-    def call(self, tensor):
-        layers, dim = tensor.shape[1:3]
-        return ops.transpose(tensor, (0, 2, 3, 1)) * ops.convert_to_tensor([2] + [dim] * (layers - 1), tensor.dtype)
-
-
 def weight_classifier(num_classes, dim, depth, dtype):
-    """Four convolutions, three dense layers: theta* -> logits (N, num_classes) (section 4.1; our choice of widths)."""
+    """Four convolutions, three dense layers: theta* -> logits (N, num_classes) (section 4.1; our choice of widths). Each
+    parameter is standardized first (our choice)."""
     return keras.Sequential([
         keras.Input((depth + 2, dim, dim)),
-        ToPicture(dtype=dtype),
+        keras.layers.Flatten("channels_last", dtype=dtype.variable_dtype),
+        standardize(dtype=dtype.variable_dtype),
+        keras.layers.Reshape((depth + 2, dim, dim), dtype=dtype),
+        keras.layers.Permute((2, 3, 1), dtype=dtype),  # the layers are the channels
         *[keras.layers.Conv2D(width, 3, 2, activation="relu", dtype=dtype, **CONV_OPTIONS)
           for width in (16, 32, 64, 64)],
         keras.layers.Flatten("channels_last", dtype=dtype),
@@ -268,8 +278,8 @@ class HyperINR(keras.Model):
     """
 
     def __init__(self, image_size=28, channels=1, num_classes=10, classifier="joint", latent_dim=256, encoder_width=32,
-                 dim=256, depth=3, omega=30.0, latent_penalty=0.1, weight_penalty=100.0, task_weight=0.1, dtype=None,
-                 **kwargs):
+                 dim=256, depth=3, omega=30.0, latent_penalty=0.1, weight_penalty=100.0, task_weight=0.1,
+                 freeze_encoder=True, dtype=None, **kwargs):
         config = {name: value for name, value in dict(locals()).items()
                   if name in {*PAPER, "image_size", "channels", "num_classes"}}
         policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
@@ -283,6 +293,7 @@ class HyperINR(keras.Model):
         self.image_size, self.channels = image_size, channels
         self.latent_penalty, self.weight_penalty, self.task_weight = latent_penalty, weight_penalty, task_weight
         pretrained = classifier == "pretrained"
+        self.frozen = pretrained and freeze_encoder
         self.encoder = (pixel_encoder(image_size, channels, latent_dim, policy) if pretrained else
                         image_encoder(image_size, channels, latent_dim, encoder_width, policy))
         self.classifier = (weight_classifier(num_classes, dim, depth, policy) if classifier == "weights" else
@@ -293,17 +304,17 @@ class HyperINR(keras.Model):
         self.trackers.append(keras.metrics.SparseCategoricalAccuracy(name="accuracy"))
         self.built = True
 
-    def encode(self, images):
+    def encode(self, images, training=False):
         """Latents v (N, V) of images (N, H, W, C) in [-1, 1]. Raises ValueError for images of another shape."""
         if len(images.shape) != 4 or images.shape[-1] != self.channels:
             raise ValueError(f"images must be (N, H, W, {self.channels}); got {tuple(images.shape)}")
         if tuple(images.shape[1:3]) != (self.image_size, self.image_size):
             images = resize(images, (self.image_size, self.image_size))
-        return self.encoder(images)
+        return self.encoder(images, training=training)
 
-    def classify(self, latents, theta):
+    def classify(self, latents, theta, training=False):
         """Logits (N, num_classes): of theta* in the experiment `weights`, of the latents in the others."""
-        return self.classifier(weight_tensor(theta) if self.experiment == "weights" else latents)
+        return self.classifier(weight_tensor(theta) if self.experiment == "weights" else latents, training=training)
 
     def call(self, images, training=False):
         latents = self.encode(images)
@@ -351,27 +362,28 @@ class HyperINR(keras.Model):
 
     # ---- Training ----
 
-    def compile(self, total_steps, hyper_rate=5e-5, classifier_rate=1e-2, separate_rate=1e-3, classifier_part=0.2,
+    def compile(self, total_steps, classifier_steps=0, hyper_rate=5e-5, classifier_rate=1e-2, separate_rate=1e-3,
                 final_rate=1.0, jit_compile=False):
         """Creates two Adam optimizers, one for reconstruction and one for classification (see `variable_groups`).
 
-        total_steps: epochs times batches. `joint` uses both optimizers in every step. In the other experiments, a
-        fraction of the steps, classifier_part, trains the classifier: the last steps in `latent` and `weights`, the
-        first in `pretrained`. The remaining steps train the reconstruction. Each learning rate falls along a cosine to
+        total_steps: epochs times batches. `joint` uses both optimizers in every step. In the other experiments,
+        classifier_steps of them train the classifier: the last steps in `latent` and `weights`, the first in
+        `pretrained`. The remaining steps train the reconstruction. Each learning rate falls along a cosine to
         final_rate times its initial value over the steps of its optimizer. jit_compile: compile the SIREN, a pure
-        function, with `torch.compile`. Raises ValueError unless 0 < classifier_part < 1 and 0 <= final_rate <= 1.
+        function, with `torch.compile`. Raises ValueError unless 0 <= classifier_steps <= total_steps (in `joint`, 0)
+        and 0 <= final_rate <= 1.
         """
-        if not 0 < classifier_part < 1 or not 0 <= final_rate <= 1:
-            raise ValueError("classifier_part, a fraction of the steps, and final_rate, a fraction of the rates, must "
-                             f"be between 0 and 1; got {classifier_part} and {final_rate}")
+        if not 0 <= final_rate <= 1:
+            raise ValueError(f"final_rate, a fraction of the rates, must be between 0 and 1; got {final_rate}")
+        if not 0 <= classifier_steps <= (0 if self.experiment == "joint" else total_steps):
+            raise ValueError(f"classifier_steps must be between 0 and total_steps, and 0 in joint; got {classifier_steps}")
         self.compile_config = {name: value for name, value in dict(locals()).items()
-                               if name in {*PAPER, "total_steps"}}  # jit_compile is not saved: each process chooses it
+                               if name in {*PAPER, "total_steps", "classifier_steps"}}  # jit_compile is not saved: each process chooses it
         super().compile(optimizer=None, jit_compile=False)
         self.render = torch.compile(render, fullgraph=True) if jit_compile else render
         rates, self.steps = (hyper_rate, classifier_rate), (total_steps, total_steps)
         if self.experiment != "joint":
-            part = min(max(1, round(classifier_part * total_steps)), total_steps - 1)
-            rates, self.steps = (hyper_rate, separate_rate), (total_steps - part, part)
+            rates, self.steps = (hyper_rate, separate_rate), (total_steps - classifier_steps, classifier_steps)
         self.optimizers = [  # an attribute of the model, so Keras saves and restores it
             keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(rate, max(1, steps), final_rate), epsilon=1e-8)
             for rate, steps in zip(rates, self.steps)]
@@ -381,7 +393,8 @@ class HyperINR(keras.Model):
     def variable_groups(self):
         """Two lists in the order of `optimizers`: the variables trained for reconstruction and for classification."""
         encoder, hyper, classifier = (x.trainable_variables for x in (self.encoder, self.hypernetwork, self.classifier))
-        return (hyper, encoder + classifier) if self.experiment == "pretrained" else (encoder + hyper, classifier)
+        return (hyper if self.frozen else encoder + hyper,
+                encoder + classifier if self.experiment == "pretrained" else classifier)
 
     def learning(self):
         """For each of the two groups, whether the next step trains it. The first optimizer's step count decides."""
@@ -391,15 +404,16 @@ class HyperINR(keras.Model):
         begins = int(self.optimizers[first].iterations) < self.steps[first]
         return begins == (first == 0), begins == (first == 1)
 
-    def losses(self, images, labels, sample_weight=None):
+    def losses(self, images, labels, sample_weight=None, learning=(False, False)):
         """Logits (N, num_classes), reconstruction errors (N,), and the two terms of the loss (section 5).
 
         The terms are the reconstruction error with both penalties, and the cross entropy times task_weight.
-        sample_weight (N,) applies to the cross entropy only. Means replace the paper's norms, as in Sitzmann et al.
+        sample_weight (N,) applies to the cross entropy only. learning: as from `learning`; False outside of training.
+        Means replace the paper's norms, as in Sitzmann et al.
         """
-        latents = self.encode(images)
+        latents = self.encode(images, training=any(learning) and not (self.frozen and learning[0]))
         # Except in `joint`, backpropagation stops between the two groups of variables.
-        theta = self.hypernetwork(ops.stop_gradient(latents) if self.experiment == "pretrained" else latents)
+        theta = self.hypernetwork(ops.stop_gradient(latents) if self.frozen else latents)
         rendered = self.render(theta, coordinates(*images.shape[1:3], self.dtype), self.omega)
         errors = ops.mean(ops.square(rendered - ops.reshape(images, rendered.shape)), axis=(1, 2))
         tensors = [tensor for pair in theta for tensor in pair]
@@ -408,7 +422,7 @@ class HyperINR(keras.Model):
                           + self.weight_penalty * mean_square_theta)
         if self.experiment in ("latent", "weights"):
             latents, theta = ops.stop_gradient(latents), [tuple(map(ops.stop_gradient, pair)) for pair in theta]
-        logits = self.classify(latents, theta)
+        logits = self.classify(latents, theta, training=any(learning))
         cross_entropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)(labels, logits, sample_weight)
         return logits, errors, reconstruction, self.task_weight * cross_entropy
 
@@ -421,7 +435,7 @@ class HyperINR(keras.Model):
     def step(self, data, learning):
         """Trains the groups for which `learning` is true on one batch and updates the metrics; returns them by name."""
         images, labels, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        logits, errors, *terms = self.losses(images, labels, sample_weight)
+        logits, errors, *terms = self.losses(images, labels, sample_weight, learning)
         if any(learning):
             self.zero_grad()
             sum(term for term, learns in zip(terms, learning) if learns).backward()
@@ -455,13 +469,14 @@ class HyperINR(keras.Model):
 
 def build(options, dataset, steps_per_epoch):
     """The models of a run: [("", compiled model, epochs)]. Raises ValueError as `HyperINR` and its `compile` do."""
-    size, _, channels = dataset.image_shape
+    (size, _, channels), further = dataset.image_shape, 0 if options.classifier == "joint" else options.classifier_epochs
     model = HyperINR(size, channels, len(dataset.class_names), options.classifier, options.latent_dim,
                      options.encoder_width, options.dim, options.depth, options.omega, options.latent_penalty,
-                     options.weight_penalty, options.task_weight)
-    model.compile(options.epochs * steps_per_epoch, options.hyper_rate, options.classifier_rate, options.separate_rate,
-                  options.classifier_part, options.final_rate, options.compile)
-    return [("", model, options.epochs)]
+                     options.weight_penalty, options.task_weight, options.freeze_encoder)
+    epochs = options.epochs + further
+    model.compile(epochs * steps_per_epoch, further * steps_per_epoch, options.hyper_rate, options.classifier_rate,
+                  options.separate_rate, options.final_rate, options.compile)
+    return [("", model, epochs)]
 
 
 def report(models, images, labels, class_names, finer):

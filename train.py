@@ -483,7 +483,8 @@ def report(options, task, dataset, folder, target):
                    "mae": "mean absolute error {:.4f}"}
         shown = [text.format(metrics[metric]) for metric, text in formats.items() if metric in metrics]
         print(f"{name}: {', '.join(shown)} on {len(dataset.test):,} examples; {model.count_params():,} parameters")
-    images, labels = dataset.test.examples(np.arange(min(1000 if dataset.axes == 2 else 100, len(dataset.test))))
+    count = min(len(dataset.test), 1000, 2**20 // math.prod(dataset.image_shape[:2]))  # fewer, if they are large
+    images, labels = dataset.test.examples(np.arange(count))
     further, figures = task.report(models, images, labels, dataset.class_names, dataset.finer)
     for name, values in further.items():
         print(f"{name}: " + ", ".join(f"{what} {value:.4g}" for what, value in values.items()))
@@ -530,7 +531,7 @@ def predict(options, task):
 # ---- Figures ----
 
 
-def view_surface(distances, level=0.05):
+def view_surface(distances, level=0.1):
     """A picture (H, W) in [-1, 1] of the points at the distance `level` from a surface, obliquely from above.
 
     distances: on a grid (X, Y, Z) on [-1, 1]³.
