@@ -474,21 +474,21 @@ def _table(x, y, z, half_x, half_y, bottom, top):
 # Distance, up to its sign, of (x, y, z) from surfaces that reach about as far as the unit sphere. r is the distance from
 # the vertical axis; a, b and c are proportions from 0 to 1.
 _SOLIDS = {
-    "sphere": lambda x, y, z, r, a, b, c: np.hypot(r, z) - 0.6 - 0.3 * a,
-    "capsule": lambda x, y, z, r, a, b, c: np.hypot(r, z - np.clip(z, -0.3 - 0.3 * b, 0.3 + 0.3 * b)) - 0.25 - 0.25 * a,
     "torus": lambda x, y, z, r, a, b, c: np.hypot(r - 0.5 - 0.2 * a, z) - 0.15 - 0.15 * b,
-    "cylinder": lambda x, y, z, r, a, b, c: _corner(r - 0.35 - 0.35 * a, np.abs(z) - 0.4 - 0.4 * b),
-    "tube": lambda x, y, z, r, a, b, c: _corner(np.abs(r - 0.5 - 0.2 * a) - 0.08 - 0.12 * c, np.abs(z) - 0.3 - 0.4 * b),
-    "cone": lambda x, y, z, r, a, b, c: np.minimum(
-        _segment(r, z, 0, -0.6, 0.5 + 0.4 * a, -0.6), _segment(r, z, 0.5 + 0.4 * a, -0.6, 0, 0.5 + 0.4 * b)),
-    "dome": lambda x, y, z, r, a, b, c: np.minimum(
-        _segment(r, z, 0, -0.4, 0.6 + 0.3 * a, -0.4),
-        np.where(z > -0.4, np.abs(np.hypot(r, z + 0.4) - 0.6 - 0.3 * a), np.hypot(r - 0.6 - 0.3 * a, z + 0.4))),
-    "box": lambda x, y, z, r, a, b, c: _block(x, y, z, 0.35 + 0.4 * a, 0.35 + 0.4 * b, -0.35 - 0.4 * c, 0.35 + 0.4 * c),
-    "table": lambda x, y, z, r, a, b, c: _table(x, y, z, 0.6 + 0.3 * a, 0.4 + 0.3 * b, -0.4 - 0.3 * c, 0.4 + 0.3 * c),
     "chair": lambda x, y, z, r, a, b, c: np.minimum(
         _table(x, y, z, 0.35 + 0.15 * a, 0.35 + 0.15 * a, -0.85, 0.3 * b - 0.2),
         _block(x + 0.28 + 0.15 * a, y, z, 0.07, 0.35 + 0.15 * a, 0.3 * b - 0.2, 0.65 + 0.25 * c)),
+    "cone": lambda x, y, z, r, a, b, c: np.minimum(
+        _segment(r, z, 0, -0.6, 0.5 + 0.4 * a, -0.6), _segment(r, z, 0.5 + 0.4 * a, -0.6, 0, 0.5 + 0.4 * b)),
+    "table": lambda x, y, z, r, a, b, c: _table(x, y, z, 0.6 + 0.3 * a, 0.4 + 0.3 * b, -0.4 - 0.3 * c, 0.4 + 0.3 * c),
+    "sphere": lambda x, y, z, r, a, b, c: np.hypot(r, z) - 0.6 - 0.3 * a,
+    "tube": lambda x, y, z, r, a, b, c: _corner(np.abs(r - 0.5 - 0.2 * a) - 0.08 - 0.12 * c, np.abs(z) - 0.3 - 0.4 * b),
+    "box": lambda x, y, z, r, a, b, c: _block(x, y, z, 0.35 + 0.4 * a, 0.35 + 0.4 * b, -0.35 - 0.4 * c, 0.35 + 0.4 * c),
+    "dome": lambda x, y, z, r, a, b, c: np.minimum(
+        _segment(r, z, 0, -0.4, 0.6 + 0.3 * a, -0.4),
+        np.where(z > -0.4, np.abs(np.hypot(r, z + 0.4) - 0.6 - 0.3 * a), np.hypot(r - 0.6 - 0.3 * a, z + 0.4))),
+    "cylinder": lambda x, y, z, r, a, b, c: _corner(r - 0.35 - 0.35 * a, np.abs(z) - 0.4 - 0.4 * b),
+    "capsule": lambda x, y, z, r, a, b, c: np.hypot(r, z - np.clip(z, -0.3 - 0.3 * b, 0.3 + 0.3 * b)) - 0.25 - 0.25 * a,
 }
 SOLIDS = tuple(_SOLIDS)
 

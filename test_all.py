@@ -833,6 +833,9 @@ def test_presets_hold_the_published_hyperparameters():
                 "paper-modelnet": dict(dim=256, inner_steps=4, subsample=0.1, epochs=150)}
     for preset, changes in variants.items():
         assert mwt.PRESETS[preset] == {**paper, **changes}
+    for arguments, preset in (("", "quick"), ("--dataset solids", "quick-3d"), ("--dataset mnist", "quick"),
+                              ("--dataset modelnet40 --preset paper", "paper"), ("--method inrn", "quick")):
+        assert train.parse(arguments.split())[0].preset == preset
     options = vars(train.parse(["--preset", "paper", "--inner-steps", "4", "--shared-step-sizes"])[0])
     assert {**options, **paper, "inner_steps": 4, "shared_step_sizes": True} == options
     published = dict(classifier="joint", latent_dim=256, dim=256, depth=3, omega=30.0, latent_penalty=0.1,

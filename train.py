@@ -7,7 +7,8 @@ IMAGE…` use a finished run, `--ablate NAME` trains and compares variants, `--b
 A method is a file beside this one that defines `TASKS`, a dict from a task ("classify", "fit") to a namespace with
 
     hyperparameters  {name: (value, help text)}; each becomes a command-line option
-    presets          {preset: {hyperparameter: value}}; "quick" is the default, all have batch_size and epochs
+    presets          {preset: {hyperparameter: value}}; "quick" is the default ("quick-3d" for surfaces);
+                     all have batch_size and epochs
     build            (options, dataset, steps_per_epoch) -> [(subfolder, compiled model, epochs)], trained in this
                      order; the subfolder of the main model is "". Raises ValueError for invalid options
     report           (models, images, labels, class_names, finer) -> further results {name: {name: number}}, and
@@ -106,10 +107,11 @@ def parse(arguments):
 
     method = importlib.import_module(choose("method", METHODS, "mwt"))
     task = method.TASKS[choose("task", method.TASKS, "classify")]
-    preset = task.presets[choose("preset", task.presets, "quick")]
     add = parser.add_argument
     add("--dataset", default="shapes", help="shapes (default), solids, modelnet10, modelnet40, or the TFDS name of an "
         "image classification dataset; with --task fit: shapes, shapes-video, an image file, or a folder of frames")
+    surfaces = parser.parse_known_args(arguments)[0].dataset in data.SURFACES and "quick-3d" in task.presets
+    preset = task.presets[choose("preset", task.presets, "quick-3d" if surfaces else "quick")]
     add("--seed", type=number(int, 0), default=0, help="of weights, data order, augmentation and shapes (default: 0)")
     add("--limit", type=number(int, 1), help="largest number of training images (default: all)")
     add("--validation-images", type=number(int, 0), help="training images held out for validation (default: 2000)")
