@@ -157,15 +157,18 @@ def plain_transformer(classifier, tokens):
 
 def plain_standardize(layer, x, training=True):
     """(x - mean) / standard deviation, of the batch or of the layer's moving statistics."""
-    statistics = (x.mean(0), x.var(0, unbiased=False)) if training else (layer.moving_mean.value, layer.moving_variance.value)
-    return (x - statistics[0]) / (statistics[1] + 1e-8).sqrt()
+    mean, variance = x.mean(0), x.var(0, unbiased=False)
+    if not training:
+        mean, variance = layer.moving_mean.value, layer.moving_variance.value
+    return (x - mean) / (variance + 1e-8).sqrt()
 
 
 def plain_theta(model, images, training=True):
     """HyperINR's latents, and the parameters of the SIRENs. training: of the encoder, in `pretrained`."""
     *layers, last = model.encoder.layers
     if model.experiment == "pretrained":
-        latents = last.gamma.value * plain_standardize(last, plain_dense(layers[-1], images.flatten(1)).relu(), training)
+        features = plain_dense(layers[-1], images.flatten(1)).relu()
+        latents = last.gamma.value * plain_standardize(last, features, training)
     else:
         first, *blocks, _ = layers
         x = plain_convolution(first, images).relu()
@@ -960,6 +963,18 @@ def test_batches_follow_seed_and_epoch_and_validation_images_are_held_out():
     assert batches.flip and not again.flip and not batches.augment
 
 
+def test_augmentation_follows_seed_epoch_and_batch():
+    picture = np.random.default_rng(0).integers(0, 256, (1, 12, 12, 1), dtype=np.uint8)
+    split = data.Split(16, lambda: (picture, np.zeros(1, int)))  # sixteen times the same
+    drawn = {}
+    for seed, epoch, index in [(0, 1, 0), (0, 1, 1), (0, 2, 0), (1, 1, 0)] * 2:
+        batches = data.Batches(split, None, 8, seed, augment=True)
+        batches.begin(epoch)
+        images = np.asarray(batches[index][0]).tobytes()
+        assert drawn.setdefault((seed, epoch, index), images) == images
+    assert len({*drawn.values()}) == 4
+
+
 def test_frames_are_read_from_files_or_drawn(tmp_path):
     picture = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     Image.fromarray(picture).save(tmp_path / "b.png")
@@ -1029,7 +1044,8 @@ def few_shapes():
         draw = functools.partial(data.shapes, size=image_size or 28, seed=seed)
         few = dict(train=data.Split(2_200, lambda: draw(range(2_200))),
                    test=data.Split(100, lambda: draw(range(10_000, 10_100))))
-        return data.Dataset(**{**vars(load(name, data_dir, image_size, seed, points)), **(few if name == "shapes" else {})})
+        dataset = vars(load(name, data_dir, image_size, seed, points))
+        return data.Dataset(**{**dataset, **(few if name == "shapes" else {})})
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(data.LOADERS, "classify", load)
@@ -1618,7 +1634,8 @@ def test_points_of_meshes_are_uniform_by_area():
     weights = np.linalg.solve(sides[face].swapaxes(1, 2), within[..., None])[..., 0] + 1 / 3
     weights = np.column_stack([1 - weights.sum(axis=1), weights])
     assert weights.min() > -0.05
-    assert np.bincount(np.where(weights.max(1) > 0.5, weights.argmax(1), 3)) / 32_768 == pytest.approx(4 * [0.25], abs=0.02)
+    part = np.where(weights.max(axis=1) > 0.5, weights.argmax(axis=1), 3)
+    assert np.bincount(part) / 32_768 == pytest.approx(4 * [0.25], abs=0.02)
 
 
 def test_distances_from_points_equal_a_loop():
@@ -1688,6 +1705,9 @@ def test_modelnet_is_read_once_and_its_errors_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "read_off", lambda path: pytest.fail("the files are read again"))
     again = data.load("modelnet40", str(tmp_path), points=POINTS)
     np.testing.assert_array_equal(again.test.examples(np.arange(3))[0][1], distances)
+    (tmp_path / "class0/train/a.off").rename(tmp_path / "class0/train/d.off")
+    with pytest.raises(pytest.fail.Exception, match="read again"):
+        data.load("modelnet40", str(tmp_path), points=POINTS).test.arrays
     (tmp_path / "full").mkdir()
     for folder in (str(tmp_path / "class0"), str(tmp_path / "full"), None):
         with pytest.raises(data.DataError, match="--data-dir"):
@@ -1718,6 +1738,8 @@ def test_points_are_drawn_anew_for_each_batch_and_epoch():
     errors = np.array([abs(expected(coords, augmented.order[16:24], factor) - distances.reshape(8, -1)).max(axis=1)
                        for factor in np.linspace(0.9, 1.1, 401)])
     assert errors.min(axis=0).max() < 1e-3 and len({*errors.argmin(axis=0)}) > 4
+    augmented.begin(2)
+    assert not np.allclose(augmented[2][0][1], distances)
 
 
 def some_points(count=6, axes=3, channels=1):
