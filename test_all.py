@@ -481,6 +481,21 @@ def test_images_are_rendered_and_read_at_any_size():
     assert model.reconstruct(ramp).shape == ramp.shape and model(ramp).shape == (1, 10)
 
 
+def test_denoising_refines_the_latent_of_each_image():
+    images, _ = random_batch(size=8, channels=3)
+    model = stirred(small_hyperinr(images))
+    latents, _ = plain_theta(model, images)
+    theta, grid = model.hypernetwork(latents), hyperinr.coordinates(8, 8)
+    error = (hyperinr.render(theta, grid, 6.0) - images.flatten(1, 2)).square().sum()
+    moved = latents - 2e-3 * torch.autograd.grad(error, latents)[0].sign()  # Adam's first step
+    expected = hyperinr.render(model.hypernetwork(moved), grid, 6.0).detach().reshape(images.shape)
+    np.testing.assert_allclose(model.denoise(images, steps=1), expected, atol=1e-3)
+    np.testing.assert_array_equal(model.denoise(images, steps=0), model.reconstruct(images))
+    np.testing.assert_allclose(model.denoise(images[:1]), model.denoise(images)[:1], atol=1e-3)
+    errors = [np.square(model.denoise(images, steps) - images.numpy()).mean() for steps in (0, 4, 12)]
+    assert errors[0] > errors[1] > errors[2]
+
+
 @pytest.mark.parametrize("per_image", [False, True])
 def test_inpainting_keeps_known_pixels_and_ignores_the_hole(per_image):
     images = random_batch(size=8, channels=3)[0].numpy()
