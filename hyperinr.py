@@ -110,13 +110,6 @@ def render(theta, coords, omega):
 # ---- From an image to the parameters of its SIREN ----
 
 
-def standardize(scale=None, **kwargs):
-    """Batch normalization to mean 0 and standard deviation 1, or first `scale`, which is then learned."""
-    return keras.layers.BatchNormalization(  # epsilon: below the variances of latents and parameters
-        center=False, scale=bool(scale), gamma_initializer=keras.initializers.Constant(scale or 1.0), momentum=0.9,
-        epsilon=1e-8, **kwargs)
-
-
 CONV_OPTIONS = dict(padding="same", data_format="channels_last", kernel_initializer="he_normal")
 
 
@@ -160,12 +153,13 @@ def image_encoder(image_size, channels, latent_dim, width, dtype):
 
 def pixel_encoder(image_size, channels, latent_dim, dtype):
     """First layer of the two-layer MLP that classifies pixels: images (N, S, S, C) -> latents (N, V) (section 4.2).
-    These are centred and scaled to 0.1, for which `HyperNetwork` is made (our choice)."""
+    The latents of each image are centred and scaled to 0.1, for which `HyperNetwork` is made (our choice)."""
     return keras.Sequential([
         keras.Input((image_size, image_size, channels)),
         keras.layers.Flatten("channels_last", dtype=dtype),
         keras.layers.Dense(latent_dim, activation="relu", dtype=dtype),
-        standardize(0.1, dtype=dtype.variable_dtype),
+        keras.layers.LayerNormalization(center=False, gamma_initializer=keras.initializers.Constant(0.1),
+                                        dtype=dtype.variable_dtype),
     ], name="encoder")
 
 
@@ -206,6 +200,12 @@ class HyperNetwork(keras.layers.Layer):
 # ---- Classifiers ----
 
 
+def standardize(dtype):
+    """Batch normalization, without learned scale and offset, of what a separately trained classifier sees (our choice).
+    Latents that are trained for reconstruction have a common offset and differ by 0.04 only (MNIST)."""
+    return keras.layers.BatchNormalization(center=False, scale=False, momentum=0.9, dtype=dtype.variable_dtype,
+                                           epsilon=1e-8)  # below the variances of latents and parameters
+
 def weight_tensor(theta):
     """theta* (N, L+2, D, D): the kernels of all layers, transposed to (outputs, inputs). The first is repeated along
     its inputs and the last along its outputs to fill a square (section 4.1)."""
@@ -215,14 +215,13 @@ def weight_tensor(theta):
     return ops.stack([kernel[:, :dim, :dim] for kernel in tiled], axis=1)
 
 
-def latent_classifier(num_classes, latent_dim, hidden_layers, dtype):
+def latent_classifier(num_classes, latent_dim, experiment, dtype):
     """MLP: latents (N, V) -> logits (N, num_classes). It has one hidden layer (sections 4.1 and 5), or none if
-    `pixel_encoder` is the hidden layer (section 4.2).
-    Latents are standardized first (our choice): they have a common offset and differ by 0.04 only (MNIST)."""
+    `pixel_encoder` is the hidden layer (section 4.2)."""
     return keras.Sequential([
         keras.Input((latent_dim,)),
-        standardize(dtype=dtype.variable_dtype),
-        *[keras.layers.Dense(latent_dim, "relu", dtype=dtype) for _ in range(hidden_layers)],
+        *([] if experiment == "joint" else [standardize(dtype)]),
+        *[keras.layers.Dense(latent_dim, "relu", dtype=dtype) for _ in range(experiment != "pretrained")],
         keras.layers.Dense(num_classes, dtype=dtype.variable_dtype),  # logits in full precision
     ], name="classifier")
 
@@ -233,7 +232,7 @@ def weight_classifier(num_classes, dim, depth, dtype):
     return keras.Sequential([
         keras.Input((depth + 2, dim, dim)),
         keras.layers.Flatten("channels_last", dtype=dtype.variable_dtype),
-        standardize(dtype=dtype.variable_dtype),
+        standardize(dtype),
         keras.layers.Reshape((depth + 2, dim, dim), dtype=dtype),
         keras.layers.Permute((2, 3, 1), dtype=dtype),  # the layers are the channels
         *[keras.layers.Conv2D(width, 3, 2, activation="relu", dtype=dtype, **CONV_OPTIONS)
@@ -294,20 +293,20 @@ class HyperINR(keras.Model):
         self.encoder = (pixel_encoder(image_size, channels, latent_dim, policy) if pretrained else
                         image_encoder(image_size, channels, latent_dim, encoder_width, policy))
         self.classifier = (weight_classifier(num_classes, dim, depth, policy) if classifier == "weights" else
-                           latent_classifier(num_classes, latent_dim, 0 if pretrained else 1, policy))
+                           latent_classifier(num_classes, latent_dim, classifier, policy))
         self.hypernetwork = HyperNetwork(latent_dim, dim, depth, channels, dtype=policy)
         self.render = render  # compile() may replace it with a compiled version
         self.trackers = [keras.metrics.Mean(name=name) for name in ("loss", "mse", "psnr")]
         self.trackers.append(keras.metrics.SparseCategoricalAccuracy(name="accuracy"))
         self.built = True
 
-    def encode(self, images, training=False):
+    def encode(self, images):
         """Latents v (N, V) of images (N, H, W, C) in [-1, 1]. Raises ValueError for images of another shape."""
         if len(images.shape) != 4 or images.shape[-1] != self.channels:
             raise ValueError(f"images must be (N, H, W, {self.channels}); got {tuple(images.shape)}")
         if tuple(images.shape[1:3]) != (self.image_size, self.image_size):
             images = resize(images, (self.image_size, self.image_size))
-        return self.encoder(images, training=training)
+        return self.encoder(images)
 
     def classify(self, latents, theta, training=False):
         """Logits (N, num_classes): of theta* in the experiment `weights`, of the latents in the others."""
@@ -409,14 +408,13 @@ class HyperINR(keras.Model):
         begins = int(self.optimizers[first].iterations) < self.steps[first]
         return begins == (first == 0), begins == (first == 1)
 
-    def losses(self, images, labels, sample_weight=None, learning=(False, False)):
+    def losses(self, images, labels, sample_weight=None, training=False):
         """Logits (N, num_classes), reconstruction errors (N,), and the two terms of the loss (section 5).
 
         The terms are the reconstruction error with both penalties, and the cross entropy times task_weight.
-        sample_weight (N,) applies to the cross entropy only. learning: as from `learning`; False outside of training.
-        Means replace the paper's norms, as in Sitzmann et al.
+        sample_weight (N,) applies to the cross entropy only. Means replace the paper's norms, as in Sitzmann et al.
         """
-        latents = self.encode(images, training=any(learning) and not (self.frozen and learning[0]))
+        latents = self.encode(images)
         # Except in `joint`, backpropagation stops between the two groups of variables.
         theta = self.hypernetwork(ops.stop_gradient(latents) if self.frozen else latents)
         rendered = self.render(theta, coordinates(*images.shape[1:3], self.dtype), self.omega)
@@ -427,7 +425,7 @@ class HyperINR(keras.Model):
                           + self.weight_penalty * mean_square_theta)
         if self.experiment in ("latent", "weights"):
             latents, theta = ops.stop_gradient(latents), [tuple(map(ops.stop_gradient, pair)) for pair in theta]
-        logits = self.classify(latents, theta, training=any(learning))
+        logits = self.classify(latents, theta, training)
         cross_entropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)(labels, logits, sample_weight)
         return logits, errors, reconstruction, self.task_weight * cross_entropy
 
@@ -440,7 +438,7 @@ class HyperINR(keras.Model):
     def step(self, data, learning):
         """Trains the groups for which `learning` is true on one batch and updates the metrics; returns them by name."""
         images, labels, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        logits, errors, *terms = self.losses(images, labels, sample_weight, learning)
+        logits, errors, *terms = self.losses(images, labels, sample_weight, any(learning))
         if any(learning):
             self.zero_grad()
             sum(term for term, learns in zip(terms, learning) if learns).backward()
