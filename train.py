@@ -159,7 +159,7 @@ def refuse_changes(options, config, free):
 def read_config(folder):
     """The content of a run's config.json."""
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = {"axes": 2, **json.loads((folder / "config.json").read_text())}
         if config["method"] in METHODS and isinstance(config["image_shape"], list):
             return config
         raise ValueError("not written by this program")
