@@ -7,6 +7,7 @@ Images stay `uint8`, `(N, H, W, C)`, until `Batches` converts them to the `float
 import collections.abc
 import dataclasses
 import functools
+import gc
 import glob
 import hashlib
 import itertools
@@ -542,6 +543,7 @@ def _read_meshes(folder, *paths):
     listing = "".join(f"{path} {os.path.getsize(os.path.join(folder, path))}\n" for path in paths)
     cache = os.path.join(folder, f"points-{hashlib.sha256(listing.encode()).hexdigest()[:16]}.int16")
     if not os.path.exists(cache):
+        gc.freeze()  # otherwise the garbage collector searches all of Keras's objects, for half of the time
         progress = keras.utils.Progbar(len(paths), interval=0.2 if sys.stdout.isatty() else 30, unit_name="mesh")
         try:
             with open(cache + ".new", "wb") as file:
