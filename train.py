@@ -93,7 +93,7 @@ def parse(arguments):
     use = parser.add_argument_group("instead of a new run").add_mutually_exclusive_group()
     use.add_argument("--resume", type=pathlib.Path, metavar="RUN_FOLDER", help="continue an interrupted run")
     use.add_argument("--evaluate", type=pathlib.Path, metavar="RUN_FOLDER", help="evaluate it, or on another --dataset")
-    use.add_argument("--predict", type=pathlib.Path, nargs="*", metavar=("RUN_FOLDER", "FILE"), help="classify images")
+    use.add_argument("--predict", type=pathlib.Path, nargs="*", metavar=("RUN_FOLDER", "FILE"), help="classify files")
     use.add_argument("--benchmark", action="store_true", help="time a training step")
     known = parser.parse_known_args(arguments)[0]
     if known.predict is not None and len(known.predict) < 2:
@@ -105,7 +105,7 @@ def parse(arguments):
         parser.add_argument("--" + name, choices=choices, default=config.get(name, default), help=f"default: {default}")
         return getattr(parser.parse_known_args(arguments)[0], name)
 
-    method = importlib.import_module(choose("method", METHODS, "mwt"))
+    method = importlib.import_module(choose("method", METHODS, METHODS[0]))
     task = method.TASKS[choose("task", method.TASKS, "classify")]
     add = parser.add_argument
     add("--dataset", default="shapes", help="shapes (default), solids, modelnet10, modelnet40, or the TFDS name of an "
@@ -485,8 +485,8 @@ def report(options, task, dataset, folder, target):
                    "mae": "mean absolute error {:.4f}"}
         shown = [text.format(metrics[metric]) for metric, text in formats.items() if metric in metrics]
         print(f"{name}: {', '.join(shown)} on {len(dataset.test):,} examples; {model.count_params():,} parameters")
-    count = min(len(dataset.test), 1000, 2**20 // math.prod(dataset.image_shape[:2]))  # fewer, if they are large
-    images, labels = dataset.test.examples(np.arange(count))
+    most = 1000 if dataset.axes == 2 else 2**20 // math.prod(dataset.image_shape[:2])  # surfaces have many points
+    images, labels = dataset.test.examples(np.arange(min(most, len(dataset.test))))
     further, figures = task.report(models, images, labels, dataset.class_names, dataset.finer)
     for name, values in further.items():
         print(f"{name}: " + ", ".join(f"{what} {value:.4g}" for what, value in values.items()))
