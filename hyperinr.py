@@ -3,10 +3,9 @@
 Egri, "Hyper-network based Implicit Neural Representations for Image Classification".
 
 An encoder maps an image to a latent v, hypernetworks map v to the parameters theta of a SIREN, and the SIREN maps
-coordinates to colours. All images share the encoder and the hypernetworks, which are trained to reconstruct the images.
-theta is different for each image. It is predicted in one forward pass and is never trained itself. The latent contains
-what is needed to reconstruct the image, so it can be classified. The SIREN is a continuous function, and the networks
-that predict it have been trained on typical images, so the model can upsample, inpaint and denoise.
+coordinates to colours. Encoder and hypernetworks are trained to reconstruct images; theta is predicted, never trained.
+The latent contains what is needed to reconstruct the image, so it can be classified. The SIREN is a continuous function,
+and the networks that predict it have been trained on typical images, so the model can upsample, inpaint and denoise.
 
     image (N, H, W, C) -> encoder -> latent v -> hypernetworks -> theta; coords -> SIREN with theta -> pixels (N, P, C)
                                      latent v, or theta* -> classifier -> logits
@@ -19,12 +18,13 @@ that predict it have been trained on typical images, so the model can upsample, 
     theta     L+2 pairs                  kernel (N, in, out) and bias (N, 1, out) of each layer of the SIREN
     theta*    (N, L+2, D, D)             the kernels of all layers, stacked like the channels of an image
 
-The paper's four experiments (`classifier`) differ in the classifier's input and in the order of training:
+The paper's four experiments, and one to compare them with, differ in the classifier's input and the order of training:
 
     joint       v, classified by an MLP; all parts are trained together (section 5)
     latent      v, classified by an MLP that is trained after the other parts, which are then frozen (section 4.1)
     weights     theta*, classified by a CNN that is trained after the other parts, which are then frozen (section 4.1)
     pretrained  v, the hidden layer of an MLP pixel classifier that is trained before the hypernetworks (section 4.2)
+    pixels      v, classified by an MLP; the encoder is trained for this only, and nothing is reconstructed (ours)
 
 Example:
 
@@ -44,8 +44,10 @@ print(model.inpaint(images[:1], mask=np.eye(28, dtype=bool)).shape)  # fills the
 ```
 """
 
+import functools
 import math
 import os
+import time
 import types
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
@@ -61,7 +63,7 @@ if keras.backend.backend() != "torch":
 # Name: (the paper's value, description). Where the paper gives no value, it is taken from the hypernetworks of Sitzmann
 # et al. (NeurIPS 2020), on which the paper builds, or marked as our choice.
 HYPERPARAMETERS = {
-    "classifier": ("joint", "experiment of the paper: joint, latent, weights or pretrained"),
+    "classifier": ("joint", "experiment: joint, latent, weights, pretrained, or, for comparison, pixels"),
     "latent_dim": (256, "width of the latent, the hypernetworks and the MLP classifier"),
     "encoder_width": (32, "channels of the encoder's first layer, doubled 3 times; unused in pretrained (our choice)"),
     "dim": (256, "width of the SIREN"),
@@ -72,8 +74,8 @@ HYPERPARAMETERS = {
     "task_weight": (0.1, "weight of the cross entropy in the loss"),
     "hyper_rate": (5e-5, "learning rate of the hypernetworks and, except in pretrained, of the encoder"),
     "classifier_rate": (1e-2, "learning rate of the classifier in joint"),
-    "separate_rate": (1e-3, "learning rate of the classifier if it is trained separately: latent, weights, pretrained"),
-    "classifier_epochs": (3, "further epochs that train the classifier if it is trained separately"),
+    "separate_rate": (1e-3, "learning rate of the classifier in the other experiments"),
+    "classifier_epochs": (3, "further epochs that train the classifier in latent, weights and pretrained"),
     "freeze_encoder": (True, "in pretrained, keep the encoder as it is after its training as a classifier"),
     "final_rate": (1.0, "final learning rates as a fraction of the initial ones, with cosine decay; 1: constant rates"),
     "batch_size": (64, "number of images per training step (our choice)"),
@@ -107,10 +109,32 @@ def render(theta, coords, omega):
     return hidden @ kernel + bias
 
 
+@torch.enable_grad()
+def descend(tensors, predict, pixels, rate, steps):
+    """Changes tensors by `steps` steps of Adam that reduce the squared errors of predict(), (N, P, C) like pixels.
+    Returns the mean squared errors before each step: (steps, N)."""
+    optimizer, errors = torch.optim.Adam(tensors, rate), []
+    for _ in range(steps):
+        errors.append(ops.mean(ops.square(predict() - pixels), axis=(1, 2)))
+        for tensor, gradient in zip(tensors, torch.autograd.grad(ops.sum(errors[-1]), tensors)):
+            tensor.grad = gradient
+        optimizer.step()
+    return ops.convert_to_numpy(ops.stack(errors).detach()) if errors else []
+
+
+def fit_each(images, dim, depth, omega, steps):
+    """Fits a SIREN to each of the images (N, H, W, C), as in Sitzmann et al. (NeurIPS 2020): the alternative to
+    hypernetworks. Returns the mean squared errors before each step: (steps, N)."""
+    theta, widths, seed = [], [2, *[dim] * (depth + 1), images.shape[-1]], keras.random.SeedGenerator(0)
+    for inputs, outputs in zip(widths, widths[1:]):
+        for size, limit in ((inputs, math.sqrt(6 / inputs) / omega if theta else 1 / inputs), (1, inputs**-0.5)):
+            start = keras.random.uniform((len(images), size, outputs), -limit, limit, seed=seed)
+            theta.append(torch.nn.Parameter(start))
+    coords, pixels = coordinates(*images.shape[1:3]), ops.reshape(images, (len(images), -1, images.shape[-1]))
+    return descend(theta, lambda: render(list(zip(theta[::2], theta[1::2])), coords, omega), pixels, 1e-3, steps)
+
+
 # ---- From an image to the parameters of its SIREN ----
-
-
-CONV_OPTIONS = dict(padding="same", data_format="channels_last", kernel_initializer="he_normal")
 
 
 def resize(images, size):
@@ -121,34 +145,21 @@ def resize(images, size):
     return ops.transpose(resized, (0, 2, 3, 1))
 
 
-@keras.saving.register_keras_serializable("hyperinr")
-class ResidualBlock(keras.layers.Layer):
-    """Two 3×3 convolutions with a 1×1 shortcut: (N, H, W, inputs) -> (N, H/2, W/2, width), sizes rounded up."""
-
-    def __init__(self, inputs, width, **kwargs):
-        super().__init__(**kwargs)
-        self.reduce = keras.layers.Conv2D(width, 3, 2, activation="relu", dtype=self.dtype_policy, **CONV_OPTIONS)
-        self.refine = keras.layers.Conv2D(width, 3, dtype=self.dtype_policy, **CONV_OPTIONS)
-        self.shortcut = keras.layers.Conv2D(width, 1, 2, dtype=self.dtype_policy, **CONV_OPTIONS)
-        for layer, channels in ((self.reduce, inputs), (self.refine, width), (self.shortcut, inputs)):
-            layer.build((None, None, None, channels))
-        self.built = True
-
-    def call(self, x):
-        return ops.relu(self.refine(self.reduce(x)) + self.shortcut(x))
-
-
 def image_encoder(image_size, channels, latent_dim, width, dtype):
-    """Residual convolutional encoder: images (N, S, S, C) -> latents (N, V) (section 3.2; the layout is our choice)."""
-    return keras.Sequential([
-        keras.Input((image_size, image_size, channels)),
-        keras.layers.Conv2D(width, 3, activation="relu", dtype=dtype, **CONV_OPTIONS),
-        *[ResidualBlock(width << block, width << block + 1, dtype=dtype) for block in range(3)],
-        keras.layers.Flatten("channels_last", dtype=dtype),
-        # Initial latents are near 0.1. The scale is our choice; `HyperNetwork` gives the reason.
-        keras.layers.Dense(latent_dim, dtype=dtype,
-                           kernel_initializer=keras.initializers.VarianceScaling(2e-3, "fan_in", "untruncated_normal")),
-    ], name="encoder")
+    """Residual convolutional encoder: images (N, S, S, C) -> latents (N, V) (section 3.2; the layout is our choice).
+    Each of its three blocks halves the height and width of its input (rounded up) and doubles the channels."""
+    conv = functools.partial(keras.layers.Conv2D, padding="same", data_format="channels_last", dtype=dtype,
+                             kernel_initializer="he_normal")
+    images = keras.Input((image_size, image_size, channels))
+    x = conv(width, 3, activation="relu")(images)
+    for block in range(1, 4):
+        y = conv(width << block, 3, 2, activation="relu")(x)
+        y = conv(width << block, 3)(y)
+        x = ops.relu(y + conv(width << block, 1, 2)(x))
+    # Initial latents are near 0.1. The scale is our choice; `HyperNetwork` gives the reason.
+    start = keras.initializers.VarianceScaling(2e-3, "fan_in", "untruncated_normal")
+    x = keras.layers.Flatten("channels_last", dtype=dtype)(x)
+    return keras.Model(images, keras.layers.Dense(latent_dim, kernel_initializer=start, dtype=dtype)(x), name="encoder")
 
 
 def pixel_encoder(image_size, channels, latent_dim, dtype):
@@ -206,6 +217,7 @@ def standardize(dtype):
     return keras.layers.BatchNormalization(center=False, scale=False, momentum=0.9, dtype=dtype.variable_dtype,
                                            epsilon=1e-8)  # below the variances of latents and parameters
 
+
 def weight_tensor(theta):
     """theta* (N, L+2, D, D): the kernels of all layers, transposed to (outputs, inputs). The first is repeated along
     its inputs and the last along its outputs to fill a square (section 4.1)."""
@@ -220,7 +232,7 @@ def latent_classifier(num_classes, latent_dim, experiment, dtype):
     `pixel_encoder` is the hidden layer (section 4.2)."""
     return keras.Sequential([
         keras.Input((latent_dim,)),
-        *([] if experiment == "joint" else [standardize(dtype)]),
+        *([] if experiment in ("joint", "pixels") else [standardize(dtype)]),
         *[keras.layers.Dense(latent_dim, "relu", dtype=dtype) for _ in range(experiment != "pretrained")],
         keras.layers.Dense(num_classes, dtype=dtype.variable_dtype),  # logits in full precision
     ], name="classifier")
@@ -235,8 +247,8 @@ def weight_classifier(num_classes, dim, depth, dtype):
         standardize(dtype),
         keras.layers.Reshape((depth + 2, dim, dim), dtype=dtype),
         keras.layers.Permute((2, 3, 1), dtype=dtype),  # the layers are the channels
-        *[keras.layers.Conv2D(width, 3, 2, activation="relu", dtype=dtype, **CONV_OPTIONS)
-          for width in (16, 32, 64, 64)],
+        *[keras.layers.Conv2D(width, 3, 2, "same", "channels_last", activation="relu", dtype=dtype,
+                              kernel_initializer="he_normal") for width in (16, 32, 64, 64)],
         keras.layers.Flatten("channels_last", dtype=dtype),
         keras.layers.Dense(128, "relu", dtype=dtype),
         keras.layers.Dense(64, "relu", dtype=dtype),
@@ -267,7 +279,7 @@ class HyperINR(keras.Model):
     `HYPERPARAMETERS` describes the arguments. image_size: height and width S of the encoder's input; images of another
     size are resized for the encoder. dtype: policy of the encoder, the hypernetworks and the classifier. With
     "mixed_bfloat16" the predicted parameters are rounded; the SIREN always computes in the type of the variables.
-    Raises ValueError for an unknown classifier and for sizes below 1.
+    Raises ValueError for an unknown classifier.
 
     Metrics: loss (of section 5, in all four experiments); mse, the mean squared error of the reconstruction for values
     in [-1, 1]; psnr, the mean over images of 10 log10(4 / mse), in dB; accuracy.
@@ -280,16 +292,13 @@ class HyperINR(keras.Model):
                   if name in {*PAPER, "image_size", "channels", "num_classes"}}
         policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
         super().__init__(dtype=policy.variable_dtype, **kwargs)
-        if classifier not in ("joint", "latent", "weights", "pretrained"):
-            raise ValueError(f"classifier must be joint, latent, weights or pretrained; got {classifier}")
-        if min(image_size, channels, num_classes, latent_dim, encoder_width, dim, depth) < 1:
-            raise ValueError("image_size, channels, num_classes, latent_dim, encoder_width, dim and depth must be at "
-                             "least 1")
+        if classifier not in ("joint", "latent", "weights", "pretrained", "pixels"):
+            raise ValueError(f"classifier must be joint, latent, weights, pretrained or pixels; got {classifier}")
         self.config, self.experiment, self.omega = {**config, "dtype": policy.name}, classifier, omega
         self.image_size, self.channels = image_size, channels
         self.latent_penalty, self.weight_penalty, self.task_weight = latent_penalty, weight_penalty, task_weight
         pretrained = classifier == "pretrained"
-        self.frozen = pretrained and freeze_encoder
+        self.frozen = classifier == "pixels" or pretrained and freeze_encoder  # for the reconstruction
         self.encoder = (pixel_encoder(image_size, channels, latent_dim, policy) if pretrained else
                         image_encoder(image_size, channels, latent_dim, encoder_width, policy))
         self.classifier = (weight_classifier(num_classes, dim, depth, policy) if classifier == "weights" else
@@ -308,13 +317,9 @@ class HyperINR(keras.Model):
             images = resize(images, (self.image_size, self.image_size))
         return self.encoder(images)
 
-    def classify(self, latents, theta, training=False):
-        """Logits (N, num_classes): of theta* in the experiment `weights`, of the latents in the others."""
-        return self.classifier(weight_tensor(theta) if self.experiment == "weights" else latents, training=training)
-
     def call(self, images, training=False):
         latents = self.encode(images)
-        return self.classify(latents, self.hypernetwork(latents) if self.experiment == "weights" else None)
+        return self.classifier(weight_tensor(self.hypernetwork(latents)) if self.experiment == "weights" else latents)
 
     # ---- Image operations (section 3.3, appendix A): encode the images, then render their SIRENs ----
 
@@ -332,22 +337,15 @@ class HyperINR(keras.Model):
         pictures = ops.reshape(ops.concatenate(rows), (len(images), height, width, self.channels))
         return ops.convert_to_numpy(ops.cast(pictures, "float32"))
 
-    @torch.enable_grad()
     def refine(self, latents, images, steps):
         """`steps` steps of Adam on the latents (N, V), which reduce the error of the reconstruction (our choice)."""
         latents, grid = torch.nn.Parameter(latents.detach()), coordinates(*images.shape[1:3], self.dtype)
-        optimizer, pixels = torch.optim.Adam([latents], 2e-3), ops.reshape(images, (len(images), -1, self.channels))
-        for _ in range(steps):
-            residual = render(self.hypernetwork(latents), grid, self.omega) - pixels
-            latents.grad, = torch.autograd.grad(ops.sum(ops.square(residual)), latents)
-            optimizer.step()
+        pixels = ops.reshape(images, (len(images), -1, self.channels))
+        descend([latents], lambda: render(self.hypernetwork(latents), grid, self.omega), pixels, 2e-3, steps)
         return latents
 
     def upsample(self, images, factor):
-        """Renders the SIRENs on a denser grid: images (N, H, W, C) -> (N, factor*H, factor*W, C), sizes rounded. Raises
-        ValueError if factor is below 1."""
-        if not factor >= 1:
-            raise ValueError(f"factor must be at least 1; got {factor}")
+        """Renders the SIRENs on a denser grid: images (N, H, W, C) -> (N, factor*H, factor*W, C), sizes rounded."""
         return self.reconstruct(images, [round(factor * side) for side in images.shape[1:3]])
 
     def inpaint(self, images, mask, steps=8):
@@ -373,9 +371,9 @@ class HyperINR(keras.Model):
                 final_rate=1.0, jit_compile=False):
         """Creates two Adam optimizers, one for reconstruction and one for classification (see `variable_groups`).
 
-        total_steps: epochs times batches. `joint` uses both optimizers in every step. In the other experiments,
-        classifier_steps of them train the classifier: the last steps in `latent` and `weights`, the first in
-        `pretrained`. The remaining steps train the reconstruction. Each learning rate falls along a cosine to
+        total_steps: epochs times batches. `joint` uses both optimizers in every step, `pixels` the second one. In the
+        other experiments, classifier_steps of them train the classifier: the last steps in `latent` and `weights`, the
+        first in `pretrained`. The remaining steps train the reconstruction. Each learning rate falls along a cosine to
         final_rate times its initial value over the steps of its optimizer. jit_compile: compile the SIREN, a pure
         function, with `torch.compile`. Raises ValueError unless 0 <= final_rate <= 1.
         """
@@ -387,6 +385,7 @@ class HyperINR(keras.Model):
         self.render = torch.compile(render, fullgraph=True) if jit_compile else render
         rates, self.steps = (hyper_rate, classifier_rate), (total_steps, total_steps)
         if self.experiment != "joint":
+            classifier_steps = total_steps if self.experiment == "pixels" else classifier_steps
             rates, self.steps = (hyper_rate, separate_rate), (total_steps - classifier_steps, classifier_steps)
         self.optimizers = [  # an attribute of the model, so Keras saves and restores it
             keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(rate, max(1, steps), final_rate), epsilon=1e-8)
@@ -398,7 +397,7 @@ class HyperINR(keras.Model):
         """Two lists in the order of `optimizers`: the variables trained for reconstruction and for classification."""
         encoder, hyper, classifier = (x.trainable_variables for x in (self.encoder, self.hypernetwork, self.classifier))
         return (hyper if self.frozen else encoder + hyper,
-                encoder + classifier if self.experiment == "pretrained" else classifier)
+                encoder + classifier if self.experiment in ("pretrained", "pixels") else classifier)
 
     def learning(self):
         """For each of the two groups, whether the next step trains it. The first optimizer's step count decides."""
@@ -425,7 +424,7 @@ class HyperINR(keras.Model):
                           + self.weight_penalty * mean_square_theta)
         if self.experiment in ("latent", "weights"):
             latents, theta = ops.stop_gradient(latents), [tuple(map(ops.stop_gradient, pair)) for pair in theta]
-        logits = self.classify(latents, theta, training)
+        logits = self.classifier(weight_tensor(theta) if self.experiment == "weights" else latents, training=training)
         cross_entropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)(labels, logits, sample_weight)
         return logits, errors, reconstruction, self.task_weight * cross_entropy
 
@@ -453,9 +452,7 @@ class HyperINR(keras.Model):
             accuracy.update_state(labels, logits, sample_weight)
             return self.get_metrics_result()
 
-    @property
-    def metrics(self):
-        return self.trackers
+    metrics = property(lambda self: self.trackers)  # without Keras's own loss tracker
 
     def get_config(self):
         return {"name": self.name, **self.config}
@@ -472,7 +469,8 @@ class HyperINR(keras.Model):
 
 def build(options, dataset, steps_per_epoch):
     """The models of a run: [("", compiled model, epochs)]. Raises ValueError as `HyperINR` and its `compile` do."""
-    (size, _, channels), further = dataset.image_shape, 0 if options.classifier == "joint" else options.classifier_epochs
+    (size, _, channels), separate = dataset.image_shape, options.classifier not in ("joint", "pixels")
+    further = options.classifier_epochs if separate else 0
     model = HyperINR(size, channels, len(dataset.class_names), options.classifier, options.latent_dim,
                      options.encoder_width, options.dim, options.depth, options.omega, options.latent_penalty,
                      options.weight_penalty, options.task_weight, options.freeze_encoder)
@@ -483,11 +481,12 @@ def build(options, dataset, steps_per_epoch):
 
 
 def report(models, images, labels, class_names, finer):
-    """Mean PSNR in dB of each image operation and of a baseline without a model; figures. Images are upsampled by 4 if
-    finer provides the ground truth, and otherwise from half their size. A hole has a third of the height and of the
-    width. The noise is Gaussian with a standard deviation of 0.5; the noisy images are clipped to [-1, 1]."""
-    def psnr(truth, pictures):  # (N,), in dB, at most 100 because JSON has no infinity
-        return 10 * np.log10(4 / np.maximum(np.square(truth - pictures).mean(axis=(1, 2, 3)), 4e-10))
+    """Mean PSNR in dB of the reconstruction, of each image operation and of a baseline without a model; a figure. Images
+    are upsampled by 4 if finer provides the ground truth, and otherwise from half their size. A hole has a third of the
+    height and of the width. The noise is Gaussian with a standard deviation of 0.5; the noisy images are clipped to
+    [-1, 1]. With labels, also the mean PSNR of a SIREN that is fitted to each image, over the steps of the fit."""
+    def psnr(mse):  # at most 100 dB because JSON has no infinity
+        return 10 * np.log10(4 / np.maximum(mse, 4e-10))
 
     model, rng, (height, width) = models["hyperinr"], np.random.default_rng(0), images.shape[1:3]
     half = ops.convert_to_numpy(resize(images, (max(1, height // 2), max(1, width // 2))))
@@ -496,21 +495,24 @@ def report(models, images, labels, class_names, finer):
     rows, columns = np.arange(height)[:, None] - top, np.arange(width) - left
     hole = (0 <= rows) & (rows < height // 3) & (0 <= columns) & (columns < width // 3)      # (N, H, W)
     noisy = np.clip(images + rng.normal(0, 0.5, images.shape), -1, 1).astype("float32")
-    bilinear = ops.convert_to_numpy(resize(coarse, fine.shape[1:3]))
-    results, operations = {}, []
-    for operation, baseline, degraded, output, truth in (
-            ("upsample", "bilinear", bilinear, model.reconstruct(coarse, fine.shape[1:3]), fine),
-            ("inpaint", "mean-filled", fill_with_mean(images, hole), model.inpaint(images, hole), images),
-            ("denoise", "noisy", noisy, model.denoise(noisy), images)):
-        before, after = psnr(truth, degraded), psnr(truth, output)
-        results[operation] = {"psnr": float(after.mean()), baseline: float(before.mean())}
-        operations.append([cell for i in range(len(images[:2])) for cell in (
-            (images[i], "image"), (degraded[i], f"{baseline}\n{before[i]:.1f} dB"),
-            (output[i], f"{operation}\n{after[i]:.1f} dB"), (truth[i], "ground truth"))])
-    pictures = model.reconstruct(images[:8])
-    reconstructions = [[(image, "input"), (picture, f"INR\n{value:.1f} dB")]
-                       for image, picture, value in zip(images, pictures, psnr(images[:8], pictures))]
-    return results, {"reconstructions": reconstructions, "operations": operations}
+    results, figure = {"psnr": {}}, [[(picture, "image") for picture in fine[:8]]]
+    for name, truth, pictures in (
+            ("INR", images, model.reconstruct(images)),
+            ("bilinear", fine, ops.convert_to_numpy(resize(coarse, fine.shape[1:3]))),
+            ("upsample", fine, model.reconstruct(coarse, fine.shape[1:3])),
+            ("mean-filled", images, fill_with_mean(images, hole)), ("inpaint", images, model.inpaint(images, hole)),
+            ("noisy", images, noisy), ("denoise", images, model.denoise(noisy))):
+        values = psnr(np.square(truth - pictures).mean(axis=(1, 2, 3)))
+        results["psnr"][name] = float(values.mean())
+        figure.append([(picture, f"{name}\n{value:.1f} dB") for picture, value in zip(pictures[:8], values)])
+    if labels is not None:
+        images, begin = ops.convert_to_tensor(images[:max(1, 100 * 28**2 // (height * width))]), time.perf_counter()
+        values = psnr(fit_each(images, model.config["dim"], model.config["depth"], model.omega, 100)).mean(axis=1)
+        seconds, steps = time.perf_counter() - begin, int((values < results["psnr"]["INR"]).sum())
+        results[f"a SIREN for each of {len(images)} images"] = {
+            "steps to the psnr of INR": steps, "seconds for these steps": seconds * steps / len(values),
+            **{f"psnr after {step} steps": float(values[step]) for step in (5, 10, 20, 50, 99)}}
+    return results, {"reconstructions": [*zip(*figure)]}
 
 
 TASKS = {"classify": types.SimpleNamespace(
