@@ -4,13 +4,14 @@ distances from surfaces in space, which are computed ("solids") or read from mes
 Images stay `uint8`, `(N, H, W, C)`, until `Batches` converts them to the `float32` in [-1, 1] that the models take.
 """
 
+import collections
 import collections.abc
+import concurrent.futures
 import dataclasses
 import functools
 import gc
 import glob
 import hashlib
-import itertools
 import os
 import sys
 
@@ -25,30 +26,39 @@ class DataError(ValueError):
 
 
 class Split:
-    """Images `uint8` (N, H, W, C) and labels (N,) of one split. They are read on first use and then kept in memory.
+    """The examples of one split. They are read when they are used, and kept while there is room for them in memory.
 
-    read: returns both arrays. count: number of examples in one pass; if it exceeds N, the images repeat.
+    read: (n,) indices -> images `uint8` (n, H, W, C) and labels (n,). count: number of examples in one pass; if it
+    exceeds `distinct`, the number of different ones, they repeat.
     """
 
-    def __init__(self, count, read):
-        self.count, self.read = count, read
+    room = 2**30  # bytes of images that a split keeps
 
-    @functools.cached_property
-    def arrays(self):
-        return self.read()
+    def __init__(self, count, read, distinct=None):
+        self.count, self.read, self.distinct, self.kept = count, read, distinct or count, {}
 
     def __len__(self):
         return self.count
 
     def __getitem__(self, indices):
         """Images and labels at an integer array of indices below the count."""
-        images, labels = self.arrays
-        return images[indices % len(images)], labels[indices % len(images)]
+        indices = (np.asarray(indices) % self.distinct).tolist()
+        found = {index: self.kept[index] for index in indices if index in self.kept}
+        missing = np.array([index for index in dict.fromkeys(indices) if index not in found], int)
+        if len(missing):
+            new = {index: example for index, *example in zip(missing.tolist(), *self.read(missing))}
+            found |= new
+            if sum(image.nbytes for image, _ in new.values()) <= self.room:
+                self.room -= sum(image.nbytes for image, _ in new.values())
+                self.kept |= new
+        images, labels = zip(*[found[index] for index in indices])
+        return np.stack(images), np.array(labels)
 
-    def examples(self, indices, rng=None, augmented=False, flip=False):
-        """Inputs as the models take them, and labels. rng: given in training; augmented, flip: as in Batches."""
-        images, labels = self[indices]
-        return augment(scale(images), rng, flip) if augmented else scale(images), labels
+    def examples(self, indices, rng=None, augmented=False, flip=False, share=slice(None)):
+        """Inputs as the models take them, and labels, of the `share` of the indices. rng: given in training; augmented,
+        flip: as in Batches. What is drawn for an example does not depend on the share."""
+        images, labels = self[indices[share]]
+        return augment(scale(images), rng, flip, share, len(indices)) if augmented else scale(images), labels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +88,7 @@ def load(name, data_dir=None, image_size=None, seed=0, points=None):
 
     data_dir: TFDS data folder; None: $TFDS_DATA_DIR, else ~/tensorflow_datasets. image_size: height and width in
     pixels, to which other images are scaled and center-cropped; None: the dataset's own (28 for shapes). seed: for
-    "shapes" only. Images are read when they are first used.
+    "shapes" only. Images are read when they are used.
 
     Raises DataError for an unknown name, for a dataset without one image and one label per example or without training
     and test splits, for images of different sizes without image_size, and for a dataset that cannot be downloaded.
@@ -88,8 +98,8 @@ def load(name, data_dir=None, image_size=None, seed=0, points=None):
     if name != "shapes":
         return _load_tfds(name, data_dir, image_size)
     size = image_size or 28
-    return Dataset(Split(10_000, lambda: shapes(range(10_000), size, seed=seed)),
-                   Split(2_000, lambda: shapes(range(10_000, 12_000), size, seed=seed)), (size, size, 1), SHAPES, True,
+    return Dataset(Split(10_000, lambda indices: shapes(indices, size, seed=seed)),
+                   Split(2_000, lambda indices: shapes(10_000 + indices, size, seed=seed)), (size, size, 1), SHAPES, True,
                    finer=lambda count, by: scale(shapes(range(10_000, 10_000 + count), by * size, seed=seed)[0]))
 
 
@@ -109,8 +119,8 @@ def load_frames(name, data_dir=None, image_size=None, seed=0, points=None):
         frames = read_frames(name, image_size or 256)
     count = len(frames)
     times = np.linspace(-1, 1, count, dtype=np.float32) if count > 1 else np.zeros(1, np.float32)
-    every = Split(count, lambda: (frames, times))
-    return Dataset(Split(count * -(-200 // count), every.read), every, frames.shape[1:], validation=every)
+    every = Split(count, lambda indices: (frames[indices], times[indices]))
+    return Dataset(Split(count * -(-200 // count), every.read, count), every, frames.shape[1:], validation=every)
 
 
 LOADERS = {"classify": load, "fit": load_frames}  # by task
@@ -247,7 +257,7 @@ def _load_tfds(name, data_dir, image_size):
     test = "test" if "test" in splits else "validation"
     if not {"train", test} <= {*splits}:
         raise DataError(f"{name} has the splits {', '.join(splits)}; train and test (or validation) are required")
-    return Dataset(*(Split(splits[split].num_examples, functools.partial(_read_split, tfds, builder, split, image_size))
+    return Dataset(*(Split(splits[split].num_examples, _reader(tfds, builder, split, image_size))
                      for split in ("train", test)),
                    (image_size or height, image_size or width, channels), tuple(features["label"].names),
                    flip=builder.name not in NO_FLIP)
@@ -267,26 +277,32 @@ def _prepare(builder, folder):
                         "TFDS_DATA_DIR to a folder that holds it, or use --dataset shapes") from error
 
 
-def _read_split(tfds, builder, split, image_size):
-    """One split as images and labels. A dataset prepared as TFRecord is read with TensorFlow."""
+def _reader(tfds, builder, split, image_size):
+    """The argument `read` of `Split`. Files of type TFRecord have no random access, so all their examples are kept."""
     from PIL import Image
 
-    if "array_record" in [file_format.value for file_format in builder.info.available_file_formats()]:
-        source = builder.as_data_source(split)  # decodes many examples together in half the time
-        parts = (range(start, min(start + 1000, len(source))) for start in range(0, len(source), 1000))
-        examples = itertools.chain.from_iterable(map(source.__getitems__, parts))
-    else:
-        examples = tfds.as_numpy(builder.as_dataset(split=split))
-    images, labels = [], []
-    for example in examples:
-        image = example["image"]
+    random_access = "array_record" in [file_format.value for file_format in builder.info.available_file_formats()]
+    source = functools.cache(
+        lambda: builder.as_data_source(split) if random_access else [*tfds.as_numpy(builder.as_dataset(split=split))])
+
+    def read(indices):
+        try:  # __getitems__ decodes many examples together in half the time
+            examples = source().__getitems__(indices.tolist()) if random_access else [source()[i] for i in indices]
+        except Exception as error:  # of many types
+            if len(indices) > 1:  # find the example
+                return map(np.concatenate, zip(*[read(indices[i:i + 1]) for i in range(len(indices))]))
+            raise DataError(f"cannot read example {indices[0]} of the split {split!r} of {builder.name}: restore its "
+                            f"files, or prepare it again ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+                            ) from error
+        images, labels = ([example[name] for example in examples] for name in ("image", "label"))
+        if min(labels) < 0:
+            raise DataError(f"the split {split!r} of {builder.name} has no labels")
         if image_size:
-            image = _cover(Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image), image_size, image_size)
-        images.append(image)
-        labels.append(example["label"])
-    if min(labels) < 0:
-        raise DataError(f"the split {split!r} of {builder.name} has no labels")
-    return np.stack(images), np.array(labels, np.int64)
+            images = [_cover(Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image), image_size, image_size)
+                      for image in images]
+        return np.stack(images), np.array(labels, np.int64)
+
+    return read
 
 
 # ---- Image files ----
@@ -359,7 +375,7 @@ class Surfaces(Split):
     """Surfaces in the cube [-1, 1]³. The input of an example is a pair: coords (sets, P, 3), uniform in the cube, and
     their distances (sets, P, 1) from the surface in the same unit, both `float32`.
 
-    read: returns an array of surfaces, and labels. measure: (surface, label, coords (P, 3), rng) -> distances (P,), of
+    read: indices -> an array of surfaces, and labels. measure: (surface, label, coords (P, 3), rng) -> distances (P,), of
     the augmented surface if rng is given. sizes: (sets, P) in training, and (sets, P) otherwise.
     """
 
@@ -367,14 +383,14 @@ class Surfaces(Split):
         super().__init__(count, read)
         self.measure, self.sizes = measure, sizes
 
-    def examples(self, indices, rng=None, augmented=False, flip=False):
+    def examples(self, indices, rng=None, augmented=False, flip=False, share=slice(None)):
         """The coords are drawn anew in training; otherwise they are the same for all examples."""
         sets, points = self.sizes[rng is None]
         drawn = (rng or np.random.default_rng(0)).random((len(indices) if rng else 1, sets, points, 3), np.float32)
-        coords = np.repeat(2 * drawn - 1, len(indices) // len(drawn), axis=0)
-        surfaces, labels = self[indices]
-        distances = [self.measure(*one, rng if augmented else None)
-                     for one in zip(surfaces, labels, coords.reshape(len(indices), -1, 3))]
+        rngs = rng.spawn(len(indices)) if augmented else [None] * len(indices)
+        coords = np.repeat(2 * drawn - 1, len(indices) // len(drawn), axis=0)[share]
+        surfaces, labels = self[indices[share]]
+        distances = [self.measure(*one) for one in zip(surfaces, labels, coords.reshape(len(coords), -1, 3), rngs[share])]
         return (coords, np.reshape(distances, (*coords.shape[:3], 1))), labels
 
     def volumes(self, count, size):
@@ -396,8 +412,8 @@ def load_surfaces(name, data_dir=None, image_size=None, seed=0, points=None):
         raise DataError(f"{name} has surfaces, not images: remove --image-size, and use --method mwt")
     sizes = [(sets, max(1, int(fraction * (1024 if name == "solids" else POINTS)))) for sets, fraction in points]
     if name == "solids":
-        train, test = (Surfaces(len(part), functools.partial(solids, part, seed), solid_distances, sizes)
-                       for part in (range(30_000), range(30_000, 32_000)))
+        train, test = (Surfaces(count, lambda indices, first=first: solids(first + indices, seed), solid_distances, sizes)
+                       for first, count in ((0, 30_000), (30_000, 2_000)))
         return Dataset(train, test, (*sizes[1], 1), SOLIDS, finer=test.volumes, axes=3)
     folder = data_dir or "."
     parts = [sorted(glob.glob(os.path.join(glob.escape(folder), "*", split, "*.off"))) for split in ("train", "test")]
@@ -406,9 +422,9 @@ def load_surfaces(name, data_dir=None, image_size=None, seed=0, points=None):
     if not all(parts):
         raise DataError(f"{folder} has no files CLASS/{{train,test}}/*.off: set --data-dir to the folder of {name} from "
                         "https://modelnet.cs.princeton.edu")
-    labels, read = np.array([names.index(path.split(os.sep)[0]) for path in paths]), functools.cache(_read_meshes)
-    train, test = (Surfaces(len(labels[part]), lambda part=part: (read(folder, *paths)[part], labels[part]),
-                            point_distances, sizes) for part in (slice(len(parts[0])), slice(len(parts[0]), None)))
+    labels, meshes = np.array([names.index(path.split(os.sep)[0]) for path in paths]), functools.cache(_read_meshes)
+    train, test = (Surfaces(len(part), lambda i, first=first: (meshes(folder, *paths)[first + i], labels[first + i]),
+                            point_distances, sizes) for first, part in zip((0, len(parts[0])), parts))
     return Dataset(train, test, (*sizes[1], 1), tuple(names), finer=test.volumes, axes=3)
 
 
@@ -418,7 +434,7 @@ def read_example(name, path, image_shape):
     if name not in SURFACES:
         return scale(read_image(path, *image_shape)[None]), None
     points = mesh_points(*read_off(path), 0.65 if name == "solids" else 1.0)  # as large as the surfaces of the dataset
-    split = Surfaces(1, lambda: (points[None], np.zeros(1, int)), point_distances, [image_shape[:2]] * 2)
+    split = Surfaces(1, lambda indices: (points[None], np.zeros(1, int)), point_distances, [image_shape[:2]] * 2)
     return split.examples(np.arange(1))[0], split.volumes
 
 
@@ -583,19 +599,20 @@ def scale(images):
 
 
 class Batches(keras.utils.PyDataset):
-    """Batches of a split's examples: images `float32` in [-1, 1], (n, H, W, C), and labels (n,).
+    """Batches of a split's examples: images `float32` in [-1, 1], (n, H, W, C), and labels (n,). Two threads prepare
+    them ahead of the training step.
 
     indices: the examples to use; None: all. seed: shuffles them and drops the rest that does not fill a batch; order
     and augmentation depend only on (seed, epoch, index of the batch). None keeps the order and drops nothing.
     augment: pads by 4 pixels (reflection) and crops at random; with `flip` also mirrors half of the images. Scales
-    surfaces, and adds noise to the points of meshes. (MWT)
+    surfaces, and adds noise to the points of meshes. (MWT) share: the part of each batch that this process gets.
     """
 
-    def __init__(self, split, indices, batch_size, seed=None, augment=False, flip=False):
-        super().__init__()
+    def __init__(self, split, indices, batch_size, seed=None, augment=False, flip=False, share=slice(None)):
+        super().__init__(workers=2)
         self.indices = np.arange(len(split)) if indices is None else indices
         self.split, self.batch_size, self.seed = split, batch_size, seed
-        self.augment, self.flip = augment, flip
+        self.augment, self.flip, self.share = augment, flip, share
         self.begin(1)
 
     def begin(self, epoch):
@@ -611,15 +628,26 @@ class Batches(keras.utils.PyDataset):
     def __getitem__(self, index):
         indices = self.order[index * self.batch_size:(index + 1) * self.batch_size]
         rng = None if self.seed is None else np.random.default_rng((self.seed, self.epoch, index))
-        return self.split.examples(indices, rng, self.augment, self.flip)
+        return self.split.examples(indices, rng, self.augment, self.flip, self.share)
+
+    def ahead(self, first, convert):
+        """Yields convert(batch) of the batches from index `first` on, prepared by the threads while others are used."""
+        with concurrent.futures.ThreadPoolExecutor(self.workers) as threads:
+            waiting = collections.deque()
+            for index in range(first, len(self)):
+                waiting.append(threads.submit(lambda index=index: convert(self[index])))
+                if len(waiting) > self.workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
 
 
-def augment(images, rng, flip):
-    """images (N, H, W, C) -> the same shape, shifted by up to 4 pixels and, with `flip`, mirrored at random. (MWT)"""
-    count, height, width, _ = images.shape
-    padded = keras.ops.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)), mode="reflect")
-    rows = rng.integers(0, 9, count)[:, None] + np.arange(height)          # (N, H)
-    columns = rng.integers(0, 9, count)[:, None] + np.arange(width)        # (N, W)
+def augment(images, rng, flip, share=slice(None), count=None):
+    """images (N, H, W, C) -> the same shape, shifted by up to 4 pixels and, with `flip`, mirrored at random. (MWT) They
+    are a share of `count` images, for all of which random numbers are drawn."""
+    size, height, width, _ = images.shape
+    padded = np.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)), mode="reflect")
+    rows, columns = (rng.integers(0, 9, count or size)[share, None] + np.arange(side) for side in (height, width))
     if flip:
-        columns = np.where(rng.random(count)[:, None] < 0.5, columns[:, ::-1], columns)
-    return padded[np.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
+        columns = np.where(rng.random(count or size)[share, None] < 0.5, columns[:, ::-1], columns)      # (N, W)
+    return padded[np.arange(size)[:, None, None], rows[:, :, None], columns[:, None, :]]

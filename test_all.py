@@ -902,7 +902,7 @@ def test_shapes_depend_on_seed_and_index_and_are_defined_at_every_resolution():
 
 def test_shapes_dataset_is_balanced_and_its_splits_are_disjoint():
     dataset = data.load("shapes", image_size=16, seed=5)
-    assert not {"arrays"} & {*vars(dataset.train), *vars(dataset.test)}  # read on first use
+    assert not dataset.train.kept and not dataset.test.kept  # read when used
     splits = [split[np.arange(len(split))] for split in (dataset.train, dataset.test)]
     assert [images.shape for images, _ in splits] == [(10_000, 16, 16, 1), (2_000, 16, 16, 1)]
     assert [set(np.bincount(labels)) for _, labels in splits] == [{1_000}, {200}]
@@ -924,15 +924,15 @@ def dummy_mnist(tmp_path_factory):
 
 def test_tfds_datasets_on_disk(dummy_mnist):
     result = run_python("-c", """
-import sys, data
+import sys, numpy as np, data
 dataset = data.load("dummy_mnist")
-for images, labels in (dataset.train.arrays, dataset.test.arrays):
+for images, labels in (dataset.train[np.arange(20)], dataset.test[np.arange(20)]):
     assert images.shape == (20, 28, 28, 1) and (images == 1).all() and sorted(labels) == sorted(list(range(10)) * 2)
 assert dataset.class_names == tuple("0123456789") and dataset.image_shape == (28, 28, 1)
 assert "tensorflow" not in sys.modules
 """, TFDS_DATA_DIR=str(dummy_mnist / "array_record"))
     assert result.returncode == 0 and not result.stderr, result.stderr
-    images, _ = data.load("dummy_mnist", dummy_mnist / "tfrecord", image_size=16).train.arrays
+    images, _ = data.load("dummy_mnist", dummy_mnist / "tfrecord", image_size=16).train[np.arange(20)]
     assert images.shape == (20, 16, 16, 1) and images.dtype == np.uint8
 
 
@@ -945,7 +945,7 @@ def test_tfds_prepares_what_is_not_on_disk(tmp_path, monkeypatch):
     assert data.load("dummy_mnist", data_dir=tmp_path).flip
     monkeypatch.setattr(dummy, "name", "mnist")
     dataset = data.load("mnist", data_dir=tmp_path)
-    assert not dataset.flip and dataset.train.arrays[0].shape == (20, 28, 28, 1)  # mirrored digits are invalid
+    assert not dataset.flip and dataset.train[np.arange(20)][0].shape == (20, 28, 28, 1)  # mirrored digits are invalid
     assert list(tmp_path.rglob("*.array_record*"))
     monkeypatch.setattr(dummy, "url_infos", {"https://example.org/images": None})
     monkeypatch.setattr(dummy, "download_and_prepare", mock.Mock(side_effect=AssertionError("TFDS tried to download")))
@@ -955,7 +955,7 @@ def test_tfds_prepares_what_is_not_on_disk(tmp_path, monkeypatch):
 
 
 def test_batches_follow_seed_and_epoch_and_validation_images_are_held_out():
-    split = data.Split(70, lambda: (np.arange(70, dtype=np.uint8).reshape(70, 1, 1, 1), np.arange(70)))
+    split = data.Split(70, lambda indices: (indices.astype(np.uint8).reshape(-1, 1, 1, 1), indices))
     options = train.parse(["--validation-images", "20", "--limit", "35", "--batch-size", "8", "--seed", "3"])[0]
     batches, validation = train.training_batches(options, data.Dataset(split, None, (1, 1, 1), flip=True))
     epochs = []
@@ -974,7 +974,7 @@ def test_batches_follow_seed_and_epoch_and_validation_images_are_held_out():
 
 def test_augmentation_follows_seed_epoch_and_batch():
     picture = np.random.default_rng(0).integers(0, 256, (1, 12, 12, 1), dtype=np.uint8)
-    split = data.Split(16, lambda: (picture, np.zeros(1, int)))  # sixteen times the same
+    split = data.Split(16, lambda indices: (picture, np.zeros(1, int)), 1)  # sixteen times the same
     drawn = {}
     for seed, epoch, index in [(0, 1, 0), (0, 1, 1), (0, 2, 0), (1, 1, 0)] * 2:
         batches = data.Batches(split, None, 8, seed, augment=True)
@@ -1036,7 +1036,7 @@ def test_augmentation_crops_the_reflected_image(flip):
         mirrored += mirror == -1
     assert {row for row, _ in places} == {column for _, column in places} == set(range(9))
     assert len(places) > 30 and (15 < mirrored < 49 if flip else mirrored == 0)
-    same = data.Split(1, lambda: (np.uint8(20 * images[:1] + 128), np.zeros(1)))
+    same = data.Split(1, lambda indices: (np.uint8(20 * images[:1] + 128), np.zeros(1)))
     batches = data.Batches(same, np.zeros(64, int), 64, seed=0, augment=True, flip=flip)
     first = np.asarray(batches[0][0])
     batches.begin(2)
@@ -1051,8 +1051,7 @@ def few_shapes():
     """Reduces `shapes` to 2,200 training and 100 test images."""
     def load(name, data_dir=None, image_size=None, seed=0, points=None, load=data.load):
         draw = functools.partial(data.shapes, size=image_size or 28, seed=seed)
-        few = dict(train=data.Split(2_200, lambda: draw(range(2_200))),
-                   test=data.Split(100, lambda: draw(range(10_000, 10_100))))
+        few = dict(train=data.Split(2_200, draw), test=data.Split(100, lambda indices: draw(10_000 + indices)))
         dataset = vars(load(name, data_dir, image_size, seed, points))
         return data.Dataset(**{**dataset, **(few if name == "shapes" else {})})
 
@@ -1168,6 +1167,80 @@ def test_a_whole_run(runs, name, figures, parts, tmp_path, refused):
     assert {path.name for path in (folder / "evaluation-shapes").glob("*.png")} == figures
 
 
+def test_two_processes_train_like_one_and_go_on_after_a_kill(tmp_path):
+    """torchrun starts both processes again when one is killed."""
+    options = ["--dim", "8", "--blocks", "1", "--subsample", "1", "--augment", "--image-size", "10", "--limit", "240",
+               "--validation-images", "51", "--epochs", "2", "--save-every", "1"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"]
+    for name in ("one", "whole", "killed"):
+        process = subprocess.Popen([*(command if name != "one" else command[:1]), HERE / "train.py", *options, "--run-dir",
+                                    tmp_path / name], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+        for line in process.stdout if name == "killed" else ():
+            if "step 7/7" in line:  # of the first epoch
+                children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+                os.kill(int(children[1]), signal.SIGKILL)
+                break
+        output = process.communicate(timeout=240)[0]
+        assert process.returncode == 0, output
+        assert name != "killed" or "lost another process" in output and "0 and 0 done" not in output, output
+    whole, killed = (keras.saving.load_model(tmp_path / name / "model.keras").get_weights()
+                     for name in ("whole", "killed"))
+    assert all(map(np.array_equal, whole, killed))
+    histories = [np.genfromtxt(tmp_path / name / "history.csv", delimiter=",", skip_header=1)
+                 for name in ("one", "whole", "killed")]
+    np.testing.assert_allclose(histories[1], histories[0], rtol=1e-4)
+    np.testing.assert_array_equal(histories[1], histories[2])
+    assert results_of(tmp_path / "one")["test_psnr"] == pytest.approx(results_of(tmp_path / "whole")["test_psnr"], 1e-4)
+
+
+def test_every_method_runs_on_a_device_that_is_not_the_cpu():
+    """PyTorch's FakeTensorMode computes shapes and devices only. The device "lazy" stands for a GPU: it needs no driver.
+    Tensors of two devices in one operation are an error. A step reads at most one number back, the optimizer's step."""
+    result = run_python("-c", """
+import os, sys
+sys.modules["tensorflow"] = None
+import numpy as np, torch
+import keras.src.backend.torch.random
+keras.src.backend.torch.random.torch_seed_generator = lambda seed: None  # there is no generator for this device
+import hyperinr, inrn, mwt, train
+from torch._subclasses import FakeTensorMode, fake_impls
+reads = []
+def read(mode, function, tensor):
+    reads.extend([tensor] * (tensor.device.type != "cpu"))
+    return tensor.dtype.is_floating_point + 1
+def numpy(tensor, *arguments, **options):
+    assert tensor.device.type == "cpu", "a tensor on the GPU is not a NumPy array"
+    return np.ones(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+fake_impls.op_implementations_dict[torch.ops.aten._local_scalar_dense.default] = read
+torch.Tensor.numpy = torch.Tensor.__array__ = numpy
+images, labels = np.random.rand(4, 12, 12, 1).astype("float32"), np.arange(4)
+mode = FakeTensorMode(allow_non_fake_inputs=True)
+with mode:
+    student = inrn.INRN(1, 10, "4,4,4,4", "1,1,1,1", 2)
+    hyper = dict(image_size=12, encoder_width=2, dim=8, latent_dim=8)
+    models = [(mwt, mwt.MWT(dim=8, inner_steps=2, blocks=1), dict(total_steps=9)),
+              (inrn, inrn.Distiller(student, inrn.residual_cnn((12, 12, 1), 10, 2), (12, 12, 1)), dict(total_steps=9)),
+              *[(hyperinr, hyperinr.HyperINR(classifier=name, **hyper), dict(total_steps=9, classifier_steps=4))
+                for name in ("joint", "latent", "weights", "pretrained", "pixels")]]
+    for method, model, options in models:
+        model.compile(**options)
+        reads.clear()
+        batch = train.to_tensors((images, labels))
+        assert batch[0].device.type == "lazy"
+        model.train_step(batch)
+        assert len(reads) <= 1
+        model.test_step(batch)
+        method.report({method.__name__: getattr(model, "student", model)}, images, labels, tuple("0123456789"), None)
+    fits = inrn.PictureFit(width=8, blocks=1, features=4)
+    fits.compile(9)
+    reads.clear()
+    fits.train_step(train.to_tensors((np.zeros((1, 12, 12, 3), "float32"), np.zeros(1, "float32"))))
+    assert not reads and fits.render(np.zeros(1, "float32"), 12, 12).shape == (1, 12, 12, 3)
+""", KERAS_TORCH_DEVICE="lazy:0")
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_trains_like_model_fit(name, tmp_path):
     options, task = train.parse(RUNS[name])
@@ -1234,7 +1307,7 @@ def test_a_run_on_a_tfds_dataset(runs, dummy_mnist, tmp_path, refused, monkeypat
     for damage in (lambda path: path.write_bytes(path.read_bytes()[:5000]), lambda path: path.unlink()):
         damage(folder / "model.keras")
         assert "model.keras" in refused("--evaluate", folder)
-    monkeypatch.setattr(data, "_read_split", lambda *arguments: pytest.fail("images were read"))
+    monkeypatch.setattr(data.Split, "__getitem__", lambda *arguments: pytest.fail("images were read"))
     assert "subsample" in refused(*RUNS["mwt"], *source, "--subsample", "2")
 
 
@@ -1722,7 +1795,7 @@ def test_modelnet_is_read_once_and_its_errors_are_named(tmp_path, monkeypatch):
     broken, whole = tmp_path / "class1/train/a.off", (tmp_path / "class1/train/a.off").read_text()
     broken.write_text(whole[:-20])
     with pytest.raises(data.DataError, match="cannot read .*a.off"):
-        data.load("modelnet10", str(tmp_path), points=POINTS).test.arrays
+        data.load("modelnet10", str(tmp_path), points=POINTS).test[np.arange(1)]
     assert not [path for path in tmp_path.iterdir() if path.is_file()]
     broken.write_text(whole)
     dataset = data.load("modelnet10", str(tmp_path), points=POINTS)
@@ -1738,7 +1811,7 @@ def test_modelnet_is_read_once_and_its_errors_are_named(tmp_path, monkeypatch):
     np.testing.assert_array_equal(again.test.examples(np.arange(3))[0][1], distances)
     (tmp_path / "class0/train/a.off").rename(tmp_path / "class0/train/d.off")
     with pytest.raises(pytest.fail.Exception, match="read again"):
-        data.load("modelnet40", str(tmp_path), points=POINTS).test.arrays
+        data.load("modelnet40", str(tmp_path), points=POINTS).test[np.arange(1)]
     (tmp_path / "full").mkdir()
     for folder in (str(tmp_path / "class0"), str(tmp_path / "full"), None):
         with pytest.raises(data.DataError, match="--data-dir"):

@@ -56,7 +56,8 @@ if "tensorflow" not in sys.modules:  # Keras looks for it once and would import 
     del sys.modules["tensorflow"]
 
 METHODS = ("mwt", "hyperinr", "inrn")
-NOT_IN_CONFIG = {"resume", "evaluate", "predict", "benchmark", "ablate", "seeds", "run_dir"}
+NOT_IN_CONFIG = {"resume", "evaluate", "predict", "benchmark", "ablate", "seeds", "run_dir", "memory"}
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # from torchrun
 
 
 # ---- Options ----
@@ -64,6 +65,7 @@ NOT_IN_CONFIG = {"resume", "evaluate", "predict", "benchmark", "ablate", "seeds"
 
 def refuse(message):
     """Exits with status 2 and a one-line message."""
+    time.sleep(3 if RANK else 0)  # if the first process exits too, torchrun ends this one before the line is repeated
     print(f"train.py: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -117,6 +119,7 @@ def parse(arguments):
     add("--validation-images", type=number(int, 0), help="training images held out for validation (default: 2000)")
     add("--image-size", type=number(int, 8), help="scale and crop images to this size; frames: longest side (256)")
     add("--augment", action="store_true", help="shift images at random, and mirror them unless they show characters")
+    add("--memory", type=number(float, 0), default=1.0, help="GB of images that each split keeps in memory (default: 1)")
     add("--data-dir", type=os.path.abspath, help="folder of ModelNet or TFDS ($TFDS_DATA_DIR or ~/tensorflow_datasets)")
     add("--run-dir", type=pathlib.Path, help="output folder (default: runs/<method>-<task>-<dataset>-<preset>-<seed>)")
     add("--save-every", type=number(int, 1), default=500, help="steps between checkpoints in an epoch (default: 500)")
@@ -177,17 +180,25 @@ def file_name(dataset):
 
 
 def load_dataset(options, task):
-    points = vars(task).get("points", lambda options: None)
-    return data.LOADERS[options.task](options.dataset, options.data_dir, options.image_size, options.seed,
-                                      points(options))
+    data.Split.room, points = options.memory * 2**30, vars(task).get("points", lambda options: None)
+    for first in (True, False):  # the first process may download the dataset, then the others find it
+        if first == (RANK == 0):
+            dataset = data.LOADERS[options.task](options.dataset, options.data_dir, options.image_size, options.seed,
+                                                 points(options))
+        if first and PROCESSES > 1:
+            torch.distributed.barrier()
+    return dataset
 
 
 def to_tensors(batch):
-    return keras.tree.map_structure(keras.ops.convert_to_tensor, batch)
+    """On a GPU, copied from pinned memory."""
+    pin = torch.cuda.is_available()
+    return keras.tree.map_structure(
+        lambda x: keras.ops.convert_to_tensor(torch.from_numpy(x).pin_memory() if pin else x), batch)
 
 
 def training_batches(options, dataset):
-    """Training batches, and validation batches or None."""
+    """Training batches, of which each process gets its share, and validation batches or None."""
     if dataset.validation and (options.augment or options.limit or options.validation_images is not None):
         refuse("frames are fitted as they are: remove --limit, --validation-images and --augment")
     count = 0 if dataset.validation else 2000 if options.validation_images is None else options.validation_images
@@ -196,15 +207,49 @@ def training_batches(options, dataset):
     if len(chosen) < options.batch_size:
         refuse(f"{len(chosen)} training images do not fill a batch of {options.batch_size}: "
                "use a smaller --batch-size or --validation-images, or a larger --limit")
-    batches = data.Batches(dataset.train, chosen, options.batch_size, options.seed, options.augment, dataset.flip)
+    if options.batch_size % PROCESSES:
+        refuse(f"{PROCESSES} processes cannot share a batch of {options.batch_size}: use a multiple as --batch-size")
+    batches = data.Batches(dataset.train, chosen, options.batch_size, options.seed, options.augment, dataset.flip,
+                           slice(RANK, None, PROCESSES))
     if dataset.validation:
         return batches, evaluation_batches(dataset, dataset.validation)
     return batches, evaluation_batches(dataset, dataset.train, held_out) if len(held_out) else None
 
 
 def evaluation_batches(dataset, split, indices=None):
-    """Batches with as many pixels as 200 images of 28×28, which limits the memory used."""
+    """Batches with as many pixels as 200 images of 28×28, which limits the memory used, of this process's images."""
+    indices = (np.arange(len(split)) if indices is None else indices)[RANK::PROCESSES]
+    if not len(indices):
+        refuse(f"{PROCESSES} processes cannot share fewer images: use fewer processes, or more --validation-images")
     return data.Batches(split, indices, max(1, 200 * 28**2 // math.prod(dataset.image_shape[:2])))
+
+
+# ---- Several processes: each computes its share of every batch; the gradients are averaged, the metrics added ----
+
+
+def average_gradients(optimizer):
+    """Makes the optimizer apply the mean of the gradients of all processes."""
+    def apply(gradients, variables):
+        vector = torch.nn.utils.parameters_to_vector(gradients) / PROCESSES
+        torch.distributed.all_reduce(vector)
+        torch.nn.utils.vector_to_parameters(vector, gradients)
+        optimizer_apply(gradients, variables)
+
+    if PROCESSES > 1:
+        optimizer_apply, optimizer.apply = optimizer.apply, apply
+
+
+def add_metrics(model):
+    """Adds the metrics of all processes in the first one, and resets the others. Returns those of the first one."""
+    for variable in [variable for metric in model.metrics for variable in metric.variables if PROCESSES > 1]:
+        torch.distributed.all_reduce(variable.value)
+        variable.assign(variable.value if RANK == 0 else 0 * variable.value)
+    return {name: float(value) for name, value in model.get_metrics_result().items()}
+
+
+def evaluate_model(model, batches):
+    model.evaluate(batches, verbose=0)
+    return add_metrics(model)
 
 
 # ---- A run: training that can be interrupted at any moment ----
@@ -232,15 +277,15 @@ def signal_handler(handler):
 def locked(folder):
     """Creates the folder, unless it exists, and refuses it while another process uses it. Removes it if it is empty."""
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY) if fcntl else None
+    descriptor = os.open(folder, os.O_RDONLY) if fcntl and RANK == 0 else None
     try:
-        if fcntl:
+        if descriptor:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
         refuse(f"{folder} is in use by another process: wait until it ends, or use another --run-dir")
     finally:
-        if fcntl:
+        if descriptor:
             os.close(descriptor)
         with contextlib.suppress(OSError):
             folder.rmdir()
@@ -248,7 +293,9 @@ def locked(folder):
 
 def write_atomically(path, write):
     """Calls write(temporary path), then renames that file to `path`. If the process or the machine stops at any moment,
-    `path` is the old or the new file, never a partial one."""
+    `path` is the old or the new file, never a partial one. Of several processes, the first one writes."""
+    if RANK:
+        return
     temporary = path.with_name("new-" + path.name)
     try:
         write(temporary)
@@ -290,6 +337,10 @@ class Run:
             self.restore()
         elif (folder / "history.csv").exists():
             refuse(f"{self.checkpoint} is missing: restore it from a backup, or start again with another --run-dir")
+        if RANK:  # the first process has the metrics of all, and each its own random numbers
+            model.reset_metrics()
+            for variable in [variable for variable in model.variables if "seed_generator" in variable.path]:
+                variable.assign(variable.numpy() + np.uint32([RANK, 0]))
 
     def variables(self):
         parts = (self.model, *self.model.optimizers, *self.model.metrics)
@@ -309,6 +360,7 @@ class Run:
                    "backup, or start again with another --run-dir")
 
     def save(self):
+        add_metrics(self.model)
         self.seconds = time.perf_counter() - self.start
         position = {name: getattr(self, name) for name in ("epoch", "step", "seconds", "history")}
         buffer = io.BytesIO()  # on a full disk, torch.save would raise a RuntimeError that does not say so
@@ -330,40 +382,47 @@ class Run:
         self.start = time.perf_counter() - self.seconds
         if not self.checkpoint.exists():
             self.save()
-        self.batches.begin(self.epoch + 1)
         with signal_handler(self.on_signal):
             while self.epoch < self.epochs:
-                logs = self.model.train_step(to_tensors(self.batches[self.step]))
-                self.step += 1
-                stop, last = self.signal, self.step == len(self.batches)  # read once: a signal can arrive at any moment
-                save = stop or last or self.step % self.save_every == 0
-                values = [logs["loss"], *(variable.value for variable in self.model.trainable_variables if save)]
-                if not all(torch.isfinite(value).all() for value in values):
-                    refuse(f"stopped in step {self.step} of epoch {self.epoch + 1}: the loss or a weight became NaN or "
-                           f"infinite; use lower learning rates. {self.folder} has the model after {self.epoch} epochs")
-                if last:
-                    self.end_epoch(logs)
-                else:
-                    self.show_progress(logs)
-                if save:
-                    self.save()
-                if stop:
-                    raise Interrupted(stop)
+                self.batches.begin(self.epoch + 1)
+                for batch in self.batches.ahead(self.step, to_tensors):
+                    self.train_step(batch)
 
-    def end_epoch(self, logs):
+    def train_step(self, batch):
+        logs = self.model.train_step(batch)
+        self.step += 1
+        stop, last = self.signal, self.step == len(self.batches)  # read once: a signal can arrive at any moment
+        save = stop or last or self.step % self.save_every == 0
+        values = [logs["loss"], *(variable.value for variable in self.model.trainable_variables if save)]
+        failed = ~torch.stack([torch.isfinite(value).all() for value in values]).all()
+        if PROCESSES > 1:  # all stop at the same step
+            flags = torch.stack([failed.int(), torch.full_like(failed, stop or 0, dtype=torch.int32)])
+            torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+            failed, stop = flags.tolist()
+        if failed:
+            refuse(f"stopped in step {self.step} of epoch {self.epoch + 1}: the loss or a weight became NaN or "
+                   f"infinite; use lower learning rates. {self.folder} has the model after {self.epoch} epochs")
+        if last:
+            self.end_epoch()
+        else:
+            self.show_progress(logs)
+        if save or stop:
+            self.save()
+        if stop:
+            raise Interrupted(stop)
+
+    def end_epoch(self):
         """Validates, and writes history.csv and model.keras. These precede the checkpoint: if the process is killed in
         between, the run continues before them and writes them again."""
-        logs = {name: float(value) for name, value in logs.items()}
+        logs = add_metrics(self.model)
         if self.validation:
-            metrics = self.model.evaluate(self.validation, verbose=0, return_dict=True)
-            logs |= {f"val_{name}": value for name, value in metrics.items()}
+            logs |= {f"val_{name}": value for name, value in evaluate_model(self.model, self.validation).items()}
         self.show_progress(logs, end="\n")
         self.history.append({"epoch": self.epoch, **logs})
         write_atomically(self.folder / "model.keras", self.model.save)
         write_csv(self.folder / "history.csv", self.history)
         self.epoch, self.step = self.epoch + 1, 0
         self.model.reset_metrics()
-        self.batches.begin(self.epoch + 1)
 
     def show_progress(self, logs, end="\r"):
         """Prints the metrics and the time left: on a terminal beside a bar, in a log file every 30 seconds."""
@@ -383,30 +442,35 @@ def build(options, task, dataset, steps_per_epoch):
     keras.utils.set_random_seed(options.seed)
     keras.config.set_dtype_policy(options.precision)
     try:
-        return task.build(options, dataset, steps_per_epoch)
+        models = task.build(options, dataset, steps_per_epoch)
     except ValueError as error:
         refuse(error)
+    for optimizer in [optimizer for _, model, _ in models for optimizer in model.optimizers]:
+        average_gradients(optimizer)
+    return models
 
 
 def train(options, task):
     """Starts or continues a run, then evaluates it."""
     folder = options.run_dir
     with locked(folder):
-        if not options.resume and any(path.name != "new-config.json" for path in folder.iterdir()):
+        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun, with the same command
+        options.resume = options.resume or restarted and (folder / "config.json").exists()
+        if RANK == 0 and not options.resume and any(path.name != "new-config.json" for path in folder.iterdir()):
             refuse(f"{folder} already holds a run: use --resume, another --run-dir or --seed, or delete it")
         if (folder / "results.json").exists():
             print(f"{folder} holds a finished run: nothing to do")
         else:
             train_models(options, task, folder)
         for checkpoint in folder.rglob("checkpoint.pt"):
-            checkpoint.unlink()
+            checkpoint.unlink(missing_ok=True)
 
 
 def train_models(options, task, folder):
     dataset = load_dataset(options, task)
     batches, validation = training_batches(options, dataset)
     models = build(options, task, dataset, len(batches))
-    dataset.train.arrays, dataset.test.arrays  # read now: errors in the data have to appear before training
+    dataset.train[np.arange(1)], dataset.test[np.arange(1)]  # most errors in the data have to appear before training
     if not options.resume:
         versions = {"python": platform.python_version(), **{m.__name__: m.__version__ for m in (keras, torch, np)}}
         write_json(folder / "config.json", {
@@ -416,10 +480,14 @@ def train_models(options, task, folder):
             for subfolder, model, epochs in models}
     print(f"{options.method} on {options.dataset}: {len(batches.indices):,} training images of {dataset.image_shape}, "
           f"{len(dataset.test):,} test images; {device_name()}", flush=True)
+    if PROCESSES > 1:
+        torch.distributed.barrier()  # all have read the same checkpoint
     for run in runs.values():
         print(f"{run.folder}: {run.epochs} epochs of {len(batches)} steps, {run.epoch} and {run.step} done", flush=True)
         run.train()
     results = report(options, task, dataset, folder, folder)
+    if RANK:
+        return
     for name, run in runs.items():
         (results if name == options.method else results[name])["seconds_per_epoch"] = run.seconds / run.epochs
     draw_curves({name: run.history for name, run in runs.items()}, folder / "curves.png")
@@ -478,13 +546,15 @@ def report(options, task, dataset, folder, target):
     results = {"method": options.method, "task": options.task, "preset": options.preset, "dataset": options.dataset,
                "device": device_name()}
     for name, model in models.items():
-        metrics = model.evaluate(evaluation_batches(dataset, dataset.test), verbose=0, return_dict=True)
+        metrics = evaluate_model(model, evaluation_batches(dataset, dataset.test))
         values = {f"test_{metric}": value for metric, value in metrics.items()} | {"parameters": model.count_params()}
         results |= values if name == options.method else {name: values}
         formats = {"accuracy": "test accuracy {:.2%}", "psnr": "PSNR {:.2f} dB", "ssim": "SSIM {:.4f}",
                    "mae": "mean absolute error {:.4f}"}
         shown = [text.format(metrics[metric]) for metric, text in formats.items() if metric in metrics]
         print(f"{name}: {', '.join(shown)} on {len(dataset.test):,} examples; {model.count_params():,} parameters")
+    if RANK:
+        return results
     most = 1000 if dataset.axes == 2 else 2**20 // math.prod(dataset.image_shape[:2])  # surfaces have many points
     images, labels = dataset.test.examples(np.arange(min(most, len(dataset.test))))
     further, figures = task.report(models, images, labels, dataset.class_names, dataset.finer)
@@ -625,6 +695,17 @@ def keep_freed_memory():
 
 def main(arguments=None):
     options, task = parse(sys.argv[1:] if arguments is None else arguments)
+    if PROCESSES > 1:
+        if options.predict or options.benchmark or options.ablate:
+            refuse("--predict, --benchmark and --ablate use one process: start them without torchrun")
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        store, *_ = next(torch.distributed.rendezvous("env://"))
+        # torchrun keeps its store when it starts the processes again; with it, what the last ones wrote there.
+        store = torch.distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        torch.distributed.init_process_group(store=store, rank=RANK, world_size=PROCESSES)
+        if RANK:
+            sys.stdout = open(os.devnull, "w")
     keep_freed_memory()
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it; no effect on CPUs
     command = (evaluate if options.evaluate else predict if options.predict else benchmark if options.benchmark else
@@ -638,6 +719,10 @@ def main(arguments=None):
         status, message = 1, f"cannot write {options.run_dir} ({error.strerror or error}): check space and permissions"
     except Interrupted as interruption:
         status, message = 128 + interruption.args[0], "interrupted"
+    except RuntimeError as error:  # from torch.distributed
+        if PROCESSES == 1 or "onnection" not in str(error) and "imed out" not in str(error):
+            raise
+        status, message = 1, f"lost another process ({' '.join(str(error).split())[:120]})"
     if options.ablate:
         message += "; run the same command again to continue"
     elif command is train and (options.run_dir / "config.json").exists():
