@@ -58,7 +58,9 @@ class Split:
         """Inputs as the models take them, and labels, of the `share` of the indices. rng: given in training; augmented,
         flip: as in Batches. What is drawn for an example does not depend on the share."""
         images, labels = self[indices[share]]
-        return augment(scale(images), rng, flip, share, len(indices)) if augmented else scale(images), labels
+        if augmented:
+            images = (augment if min(images.shape[1:3]) < 128 else augment_large)(images, rng, flip, share, len(indices))
+        return scale(images), labels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,13 +84,13 @@ class Dataset:
     axes: int = 2
 
 
-def load(name, data_dir=None, image_size=None, seed=0, points=None):
+def load(name, data_dir=None, image_size=None, seed=0, points=None, squash=False):
     """Loads the dataset `name`: "shapes", or the TFDS name of an image classification dataset ("mnist", "cifar10", …).
     For "solids", "modelnet10" and "modelnet40", which alone use points, see `load_surfaces`.
 
     data_dir: TFDS data folder; None: $TFDS_DATA_DIR, else ~/tensorflow_datasets. image_size: height and width in
-    pixels, to which other images are scaled and center-cropped; None: the dataset's own (28 for shapes). seed: for
-    "shapes" only. Images are read when they are used.
+    pixels, to which other images are scaled and center-cropped, or with squash scaled in each direction; None: the
+    dataset's own (28 for shapes). seed: for "shapes" only. Images are read when they are used.
 
     Raises DataError for an unknown name, for a dataset without one image and one label per example or without training
     and test splits, for images of different sizes without image_size, and for a dataset that cannot be downloaded.
@@ -96,20 +98,20 @@ def load(name, data_dir=None, image_size=None, seed=0, points=None):
     if name in SURFACES:
         return load_surfaces(name, data_dir, image_size, seed, points)
     if name != "shapes":
-        return _load_tfds(name, data_dir, image_size)
+        return _load_tfds(name, data_dir, image_size, squash)
     size = image_size or 28
     return Dataset(Split(10_000, lambda indices: shapes(indices, size, seed=seed)),
                    Split(2_000, lambda indices: shapes(10_000 + indices, size, seed=seed)), (size, size, 1), SHAPES, True,
                    finer=lambda count, by: scale(shapes(range(10_000, 10_000 + count), by * size, seed=seed)[0]))
 
 
-def load_frames(name, data_dir=None, image_size=None, seed=0, points=None):
+def load_frames(name, data_dir=None, image_size=None, seed=0, points=None, squash=False):
     """Loads a picture or a video to fit: the images of the Dataset are frames (T, H, W, 3), the labels are their times,
     from -1 to 1 (0 for a picture). All splits hold the same frames; a training epoch has at least 200.
 
     name: an image file, a folder of image files, "shapes" (a picture of sixteen shapes) or "shapes-video". image_size:
-    the longest side, to which larger pictures are scaled down (default: 256; "shapes-video": 64). Ignores data_dir and
-    points. Raises DataError as `read_frames` does.
+    the longest side, to which larger pictures are scaled down (default: 256; "shapes-video": 64). Ignores data_dir, points
+    and squash. Raises DataError as `read_frames` does.
     """
     if name == "shapes":
         frames = shapes_mosaic(image_size or 256, seed)[None]
@@ -229,7 +231,7 @@ NO_FLIP = {"mnist", "emnist", "kmnist", "binarized_mnist", "svhn_cropped", "omni
 
 
 @functools.lru_cache(maxsize=1)  # the runs of an ablation share the images
-def _load_tfds(name, data_dir, image_size):
+def _load_tfds(name, data_dir, image_size, squash):
     import absl.logging
     import tensorflow_datasets as tfds  # imported here, because `shapes` and `--help` do not need it
 
@@ -257,7 +259,7 @@ def _load_tfds(name, data_dir, image_size):
     test = "test" if "test" in splits else "validation"
     if not {"train", test} <= {*splits}:
         raise DataError(f"{name} has the splits {', '.join(splits)}; train and test (or validation) are required")
-    return Dataset(*(Split(splits[split].num_examples, _reader(tfds, builder, split, image_size))
+    return Dataset(*(Split(splits[split].num_examples, _reader(tfds, builder, split, image_size, squash))
                      for split in ("train", test)),
                    (image_size or height, image_size or width, channels), tuple(features["label"].names),
                    flip=builder.name not in NO_FLIP)
@@ -277,7 +279,7 @@ def _prepare(builder, folder):
                         "TFDS_DATA_DIR to a folder that holds it, or use --dataset shapes") from error
 
 
-def _reader(tfds, builder, split, image_size):
+def _reader(tfds, builder, split, image_size, squash):
     """The argument `read` of `Split`. Files of type TFRecord have no random access, so all their examples are kept."""
     from PIL import Image
 
@@ -291,15 +293,15 @@ def _reader(tfds, builder, split, image_size):
         except Exception as error:  # of many types
             if len(indices) > 1:  # find the example
                 return map(np.concatenate, zip(*[read(indices[i:i + 1]) for i in range(len(indices))]))
-            raise DataError(f"cannot read example {indices[0]} of the split {split!r} of {builder.name}: restore its "
-                            f"files, or prepare it again ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
-                            ) from error
+            raise DataError(f"cannot read example {indices[0]} of the split {split!r} in {builder.data_path}: restore "
+                            f"its files, or prepare it again ({type(error).__name__}: "
+                            f"{' '.join(str(error).split())[:200]})") from error
         images, labels = ([example[name] for example in examples] for name in ("image", "label"))
         if min(labels) < 0:
             raise DataError(f"the split {split!r} of {builder.name} has no labels")
         if image_size:
-            images = [_cover(Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image), image_size, image_size)
-                      for image in images]
+            pictures = [Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image) for image in images]
+            images = [_cover(picture, image_size, image_size, squash) for picture in pictures]
         return np.stack(images), np.array(labels, np.int64)
 
     return read
@@ -308,19 +310,21 @@ def _reader(tfds, builder, split, image_size):
 # ---- Image files ----
 
 
-def _cover(picture, height, width):
-    """A Pillow image, scaled to cover height × width and cropped at its center: (H, W, C)."""
+def _cover(picture, height, width, squash):
+    """A Pillow image, scaled to cover height × width and cropped at its center, or squashed: (H, W, C)."""
     from PIL import Image, ImageOps
 
-    return np.asarray(ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC)).reshape(height, width, -1)
+    size = (width, height)
+    picture = picture.resize(size, Image.BILINEAR) if squash else ImageOps.fit(picture, size, Image.BICUBIC)
+    return np.asarray(picture).reshape(height, width, -1)
 
 
-def read_image(path, height, width, channels):
+def read_image(path, height, width, channels, squash=False):
     """Reads an image file of any size and mode as `uint8` (height, width, channels), scaled and cropped as in `load`.
 
     Transparent parts become black, the background of most datasets. Raises DataError for an incomplete image.
     """
-    return _read(path, "L" if channels == 1 else "RGB", lambda picture: _cover(picture, height, width))
+    return _read(path, "L" if channels == 1 else "RGB", lambda picture: _cover(picture, height, width, squash))
 
 
 def read_frames(path, longest):
@@ -428,11 +432,11 @@ def load_surfaces(name, data_dir=None, image_size=None, seed=0, points=None):
     return Dataset(train, test, (*sizes[1], 1), tuple(names), finer=test.volumes, axes=3)
 
 
-def read_example(name, path, image_shape):
+def read_example(name, path, image_shape, squash=False):
     """Reads a file for a model that was trained on the dataset `name` with this image_shape: an image, or for surfaces
     a mesh. Returns a batch of one input, and `Dataset.finer` for it. Raises DataError for an unsuitable file."""
     if name not in SURFACES:
-        return scale(read_image(path, *image_shape)[None]), None
+        return scale(read_image(path, *image_shape, squash)[None]), None
     points = mesh_points(*read_off(path), 0.65 if name == "solids" else 1.0)  # as large as the surfaces of the dataset
     split = Surfaces(1, lambda indices: (points[None], np.zeros(1, int)), point_distances, [image_shape[:2]] * 2)
     return split.examples(np.arange(1))[0], split.volumes
@@ -604,8 +608,8 @@ class Batches(keras.utils.PyDataset):
 
     indices: the examples to use; None: all. seed: shuffles them and drops the rest that does not fill a batch; order
     and augmentation depend only on (seed, epoch, index of the batch). None keeps the order and drops nothing.
-    augment: pads by 4 pixels (reflection) and crops at random; with `flip` also mirrors half of the images. Scales
-    surfaces, and adds noise to the points of meshes. (MWT) share: the part of each batch that this process gets.
+    augment: pads by 4 pixels (reflection) and crops at random; with `flip` also mirrors half of the images. Images of
+    128×128 and more: see `augment_large`. Scales surfaces, and adds noise to the points of meshes. (MWT) share: the part of each batch that this process gets.
     """
 
     def __init__(self, split, indices, batch_size, seed=None, augment=False, flip=False, share=slice(None)):
@@ -651,3 +655,23 @@ def augment(images, rng, flip, share=slice(None), count=None):
     if flip:
         columns = np.where(rng.random(count or size)[share, None] < 0.5, columns[:, ::-1], columns)      # (N, W)
     return padded[np.arange(size)[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def augment_large(images, rng, flip, share=slice(None), count=None):
+    """`uint8` images (N, H, W, C) -> the same shape, changed as those of Imagenette by MWT: padded by an eighth of each
+    side (reflection), rotated by up to 30 degrees (corners become black), cropped to 0.8 to 1 of the area with an
+    aspect ratio of 3/4 to 4/3, scaled to the old size, and with `flip` mirrored at random. share, count: as above."""
+    from PIL import Image
+
+    height, width, channels = images.shape[1:]
+    pads, augmented = ((height // 8,) * 2, (width // 8,) * 2, (0, 0)), []
+    for image, (angle, area, ratio, top, left, mirror) in zip(images, rng.random((count or len(images), 6))[share]):
+        padded = np.pad(image, pads, mode="reflect")
+        picture = Image.fromarray(padded[:, :, 0] if channels == 1 else padded)
+        side, aspect = ((0.8 + 0.2 * area) * picture.height * picture.width) ** 0.5, (3 / 4) ** (ratio - 0.5)
+        size = min(picture.width, side / aspect), min(picture.height, side * aspect)
+        corner = left * (picture.width - size[0]), top * (picture.height - size[1])
+        picture = picture.rotate(60 * angle - 30, Image.BILINEAR).resize(
+            (width, height), Image.BILINEAR, box=(*corner, corner[0] + size[0], corner[1] + size[1]))
+        augmented.append(np.asarray(picture).reshape(height, width, channels)[:, ::-1 if flip and mirror < 0.5 else 1])
+    return np.stack(augmented)

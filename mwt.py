@@ -70,6 +70,8 @@ PRESETS = {
     "paper-wide": {**PAPER, "mlp_ratio": 4},                                                   # MWT-W
     "paper-separate": {**PAPER, "task_weight": 0.0},                                           # WT-sim
     "paper-sequential": {**PAPER, "task_weight": 0.0, "sequential": True, "epochs": 20},       # WT-seq
+    "paper-320": {**PAPER, "omega": 30.0, "inner_steps": 4, "subsample": 0.1, "epochs": 40},   # Imagenette, ImageNet
+    "paper-320-large": {**PAPER, "dim": 256, "omega": 30.0, "inner_steps": 4, "subsample": 0.1, "epochs": 40},
     "paper-modelnet": {**PAPER, "dim": 256, "inner_steps": 4, "subsample": 0.1, "epochs": 150},  # Figure 3; s is ours
 }
 

@@ -843,6 +843,8 @@ def test_presets_hold_the_published_hyperparameters():
                 "paper-separate": dict(task_weight=0.0),
                 "paper-sequential": dict(task_weight=0.0, sequential=True, epochs=20),
                 "paper-modelnet": dict(dim=256, inner_steps=4, subsample=0.1, epochs=150)}
+    variants["paper-320"] = dict(omega=30.0, inner_steps=4, subsample=0.1, epochs=40)
+    variants["paper-320-large"] = {**variants["paper-320"], "dim": 256}
     for preset, changes in variants.items():
         assert mwt.PRESETS[preset] == {**paper, **changes}
     for arguments, preset in (("", "quick"), ("--dataset solids", "quick-3d"), ("--dataset mnist", "quick"),
@@ -934,6 +936,36 @@ assert "tensorflow" not in sys.modules
     assert result.returncode == 0 and not result.stderr, result.stderr
     images, _ = data.load("dummy_mnist", dummy_mnist / "tfrecord", image_size=16).train[np.arange(20)]
     assert images.shape == (20, 16, 16, 1) and images.dtype == np.uint8
+
+
+def test_a_damaged_tfds_file_is_named_with_the_example(dummy_mnist, tmp_path):
+    shutil.copytree(dummy_mnist / "array_record", tmp_path, dirs_exist_ok=True)
+    dataset, (path,) = data.load("dummy_mnist", tmp_path), tmp_path.rglob("*-train.array_record*")
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(data.DataError, match=f"example 3 of the split 'train' in {path.parent}"):
+        dataset.train[np.array([3, 5])]
+
+
+def test_examples_are_read_ahead_in_order_and_kept_while_there_is_room():
+    read = []
+
+    def images(indices):
+        read.extend(indices.tolist())
+        return np.ones((1, 10, 10, 1), np.uint8) * indices.astype(np.uint8)[:, None, None, None], indices
+
+    split = data.Split(40, images)
+    split.room = 1_000  # ten images
+    batches = data.Batches(split, np.arange(5, 25), 5, seed=0)
+    epochs = []
+    for epoch, first in ((1, 2), (2, 0)):  # the first one is resumed in its middle
+        batches.begin(epoch)
+        epochs.append(list(batches.ahead(first, lambda batch: batch)))
+        for index, (pictures, labels) in enumerate(epochs[-1], first):
+            np.testing.assert_array_equal(labels, batches.order[5 * index:5 * index + 5])
+            np.testing.assert_array_equal(pictures[:, 3, 4, 0], data.scale(labels))
+    assert len(epochs[0]) == 2 and len(split.kept) == 10 and len(read) == 10 + 10 and sorted(read) == [*range(5, 25)]
+    everything = data.Split(40, images)
+    assert everything.room == 2**30 and len(everything[np.arange(40)][1]) == len(everything.kept) == 40
 
 
 def test_tfds_prepares_what_is_not_on_disk(tmp_path, monkeypatch):
@@ -1043,16 +1075,38 @@ def test_augmentation_crops_the_reflected_image(flip):
     assert not np.array_equal(first, batches[0][0])  # every epoch is augmented differently
 
 
+def test_large_images_are_rotated_cropped_scaled_and_mirrored():
+    """The images show their rows and columns, to which an affine map is fitted."""
+    image = np.stack([*np.mgrid[:128, :128], np.zeros((128, 128))], axis=-1).astype(np.uint8)
+    images = np.repeat(image[None], 64, axis=0)
+    pictures, mirrored = data.augment_large(images, np.random.default_rng(1), True), 0
+    grid = np.stack([*np.mgrid[54:74, 54:74], np.ones((20, 20))], axis=-1).reshape(-1, 3)
+    for picture in pictures:
+        matrix, errors, *_ = np.linalg.lstsq(grid, picture[54:74, 54:74, :2].reshape(-1, 2).astype(float), rcond=None)
+        height, width = np.linalg.norm(matrix[:2], axis=1) * 128 / 160  # of the crop, as a part of the padded image
+        turn = np.degrees(np.arctan2(matrix[0, 1], matrix[0, 0]))
+        assert errors.max() < 400 and abs(turn) < 31 and 0.76 < height * width < 1.01 and 0.74 < width / height < 1.35
+        mirrored += np.linalg.det(matrix[:2]) < 0
+    assert 15 < mirrored < 49
+    share = data.augment_large(images[1::2], np.random.default_rng(1), True, slice(1, None, 2), 64)
+    np.testing.assert_array_equal(share, pictures[1::2])  # what another process draws
+    split = data.Split(64, lambda indices: (images[indices], indices))
+    batch, _ = data.Batches(split, None, 64, 0, augment=True)[0]
+    assert batch.shape == (64, 128, 128, 3) and (batch == -1).all(axis=-1).any()  # black corners
+    small = data.augment(images[1::2], np.random.default_rng(1), True, slice(1, None, 2), 64)
+    np.testing.assert_array_equal(small, data.augment(images, np.random.default_rng(1), True)[1::2])
+
+
 # ---- train.py ----
 
 
 @pytest.fixture(scope="session", autouse=True)
 def few_shapes():
     """Reduces `shapes` to 2,200 training and 100 test images."""
-    def load(name, data_dir=None, image_size=None, seed=0, points=None, load=data.load):
+    def load(name, data_dir=None, image_size=None, seed=0, points=None, squash=False, load=data.load):
         draw = functools.partial(data.shapes, size=image_size or 28, seed=seed)
         few = dict(train=data.Split(2_200, draw), test=data.Split(100, lambda indices: draw(10_000 + indices)))
-        dataset = vars(load(name, data_dir, image_size, seed, points))
+        dataset = vars(load(name, data_dir, image_size, seed, points, squash))
         return data.Dataset(**{**dataset, **(few if name == "shapes" else {})})
 
     with pytest.MonkeyPatch.context() as patch:

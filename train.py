@@ -118,7 +118,9 @@ def parse(arguments):
     add("--limit", type=number(int, 1), help="largest number of training images (default: all)")
     add("--validation-images", type=number(int, 0), help="training images held out for validation (default: 2000)")
     add("--image-size", type=number(int, 8), help="scale and crop images to this size; frames: longest side (256)")
-    add("--augment", action="store_true", help="shift images at random, and mirror them unless they show characters")
+    add("--squash", action="store_true", help="scale images without keeping their aspect ratio, instead of cropping")
+    add("--augment", action="store_true", help="shift images at random, and mirror them unless they show characters; "
+        "rotate and scale images of 128×128 and more")
     add("--memory", type=number(float, 0), default=1.0, help="GB of images that each split keeps in memory (default: 1)")
     add("--data-dir", type=os.path.abspath, help="folder of ModelNet or TFDS ($TFDS_DATA_DIR or ~/tensorflow_datasets)")
     add("--run-dir", type=pathlib.Path, help="output folder (default: runs/<method>-<task>-<dataset>-<preset>-<seed>)")
@@ -184,7 +186,7 @@ def load_dataset(options, task):
     for first in (True, False):  # the first process may download the dataset, then the others find it
         if first == (RANK == 0):
             dataset = data.LOADERS[options.task](options.dataset, options.data_dir, options.image_size, options.seed,
-                                                 points(options))
+                                                 points(options), options.squash)
         if first and PROCESSES > 1:
             torch.distributed.barrier()
     return dataset
@@ -240,10 +242,13 @@ def average_gradients(optimizer):
 
 
 def add_metrics(model):
-    """Adds the metrics of all processes in the first one, and resets the others. Returns those of the first one."""
-    for variable in [variable for metric in model.metrics for variable in metric.variables if PROCESSES > 1]:
+    """Adds the metrics of all processes in the first one, and resets the others. Returns those of the first one.
+    Averages the moving statistics of batch normalization, which each process computes of its share."""
+    statistics = [(v, 1 / PROCESSES) for v in model.non_trainable_variables if v.dtype == "float32"]
+    metrics = [(v, float(RANK == 0)) for metric in model.metrics for v in metric.variables]
+    for variable, factor in [*statistics, *metrics] if PROCESSES > 1 else ():
         torch.distributed.all_reduce(variable.value)
-        variable.assign(variable.value if RANK == 0 else 0 * variable.value)
+        variable.assign(variable.value * factor)
     return {name: float(value) for name, value in model.get_metrics_result().items()}
 
 
@@ -587,7 +592,7 @@ def predict(options, task):
     target.mkdir(exist_ok=True)
     for index, path in enumerate(files):
         try:
-            image, finer = data.read_example(options.dataset, path, options.image_shape)
+            image, finer = data.read_example(options.dataset, path, options.image_shape, options.squash)
         except data.DataError as error:
             print(f"train.py: {error}", file=sys.stderr)
             status = 1
