@@ -560,7 +560,7 @@ def report(options, task, dataset, folder, target):
         print(f"{name}: {', '.join(shown)} on {len(dataset.test):,} examples; {model.count_params():,} parameters")
     if RANK:
         return results
-    most = 1000 if dataset.axes == 2 else 2**20 // math.prod(dataset.image_shape[:2])  # surfaces have many points
+    most = 1000 if dataset.validation else min(1000, max(8, 2**20 // math.prod(dataset.image_shape[:2])))
     images, labels = dataset.test.examples(np.arange(min(most, len(dataset.test))))
     further, figures = task.report(models, images, labels, dataset.class_names, dataset.finer)
     for name, values in further.items():
@@ -724,6 +724,8 @@ def main(arguments=None):
         status, message = 1, f"cannot write {options.run_dir} ({error.strerror or error}): check space and permissions"
     except Interrupted as interruption:
         status, message = 128 + interruption.args[0], "interrupted"
+        if RANK:
+            return status  # the first process says it
     except RuntimeError as error:  # from torch.distributed
         if PROCESSES == 1 or "onnection" not in str(error) and "imed out" not in str(error):
             raise
