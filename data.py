@@ -4,7 +4,6 @@ distances from surfaces in space, which are computed ("solids") or read from mes
 Images stay `uint8`, `(N, H, W, C)`, until `Batches` converts them to the `float32` in [-1, 1] that the models take.
 """
 
-import collections
 import collections.abc
 import concurrent.futures
 import dataclasses
@@ -44,12 +43,12 @@ class Split:
         """Images and labels at an integer array of indices below the count."""
         indices = (np.asarray(indices) % self.distinct).tolist()
         found = {index: self.kept[index] for index in indices if index in self.kept}
-        missing = np.array([index for index in dict.fromkeys(indices) if index not in found], int)
-        if len(missing):
-            new = {index: example for index, *example in zip(missing.tolist(), *self.read(missing))}
+        if missing := [index for index in dict.fromkeys(indices) if index not in found]:
+            images, labels = self.read(np.array(missing))
+            new = dict(zip(missing, zip(images, labels)))
             found |= new
-            if sum(image.nbytes for image, _ in new.values()) <= self.room:
-                self.room -= sum(image.nbytes for image, _ in new.values())
+            if images.nbytes <= self.room:
+                self.room -= images.nbytes
                 self.kept |= new
         images, labels = zip(*[found[index] for index in indices])
         return np.stack(images), np.array(labels)
@@ -110,8 +109,8 @@ def load_frames(name, data_dir=None, image_size=None, seed=0, points=None, squas
     from -1 to 1 (0 for a picture). All splits hold the same frames; a training epoch has at least 200.
 
     name: an image file, a folder of image files, "shapes" (a picture of sixteen shapes) or "shapes-video". image_size:
-    the longest side, to which larger pictures are scaled down (default: 256; "shapes-video": 64). Ignores data_dir, points
-    and squash. Raises DataError as `read_frames` does.
+    the longest side, to which larger pictures are scaled down (default: 256; "shapes-video": 64). Ignores the other
+    arguments but seed. Raises DataError as `read_frames` does.
     """
     if name == "shapes":
         frames = shapes_mosaic(image_size or 256, seed)[None]
@@ -283,25 +282,30 @@ def _reader(tfds, builder, split, image_size, squash):
     """The argument `read` of `Split`. Files of type TFRecord have no random access, so all their examples are kept."""
     from PIL import Image
 
+    def finish(example):
+        image = example["image"]
+        if image_size:
+            picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+            image = _cover(picture, image_size, image_size, squash)
+        return image, example["label"]
+
     random_access = "array_record" in [file_format.value for file_format in builder.info.available_file_formats()]
-    source = functools.cache(
-        lambda: builder.as_data_source(split) if random_access else [*tfds.as_numpy(builder.as_dataset(split=split))])
+    source = functools.cache(lambda: builder.as_data_source(split) if random_access else
+                             [finish(example) for example in tfds.as_numpy(builder.as_dataset(split=split))])
 
     def read(indices):
         try:  # __getitems__ decodes many examples together in half the time
-            examples = source().__getitems__(indices.tolist()) if random_access else [source()[i] for i in indices]
+            examples = ([finish(example) for example in source().__getitems__(indices.tolist())] if random_access else
+                        [source()[index] for index in indices])
         except Exception as error:  # of many types
             if len(indices) > 1:  # find the example
                 return map(np.concatenate, zip(*[read(indices[i:i + 1]) for i in range(len(indices))]))
             raise DataError(f"cannot read example {indices[0]} of the split {split!r} in {builder.data_path}: restore "
                             f"its files, or prepare it again ({type(error).__name__}: "
                             f"{' '.join(str(error).split())[:200]})") from error
-        images, labels = ([example[name] for example in examples] for name in ("image", "label"))
+        images, labels = zip(*examples)
         if min(labels) < 0:
             raise DataError(f"the split {split!r} of {builder.name} has no labels")
-        if image_size:
-            pictures = [Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image) for image in images]
-            images = [_cover(picture, image_size, image_size, squash) for picture in pictures]
         return np.stack(images), np.array(labels, np.int64)
 
     return read
@@ -314,8 +318,8 @@ def _cover(picture, height, width, squash):
     """A Pillow image, scaled to cover height × width and cropped at its center, or squashed: (H, W, C)."""
     from PIL import Image, ImageOps
 
-    size = (width, height)
-    picture = picture.resize(size, Image.BILINEAR) if squash else ImageOps.fit(picture, size, Image.BICUBIC)
+    resize = Image.Image.resize if squash else ImageOps.fit
+    picture = resize(picture, (width, height), Image.BILINEAR if squash else Image.BICUBIC)
     return np.asarray(picture).reshape(height, width, -1)
 
 
@@ -603,17 +607,17 @@ def scale(images):
 
 
 class Batches(keras.utils.PyDataset):
-    """Batches of a split's examples: images `float32` in [-1, 1], (n, H, W, C), and labels (n,). Two threads prepare
-    them ahead of the training step.
+    """Batches of a split's examples: images `float32` in [-1, 1], (n, H, W, C), and labels (n,).
 
     indices: the examples to use; None: all. seed: shuffles them and drops the rest that does not fill a batch; order
     and augmentation depend only on (seed, epoch, index of the batch). None keeps the order and drops nothing.
     augment: pads by 4 pixels (reflection) and crops at random; with `flip` also mirrors half of the images. Images of
-    128×128 and more: see `augment_large`. Scales surfaces, and adds noise to the points of meshes. (MWT) share: the part of each batch that this process gets.
+    128×128 and more: see `augment_large`. Scales surfaces, and adds noise to the points of meshes. (MWT) share: the
+    part of each batch that this process gets.
     """
 
     def __init__(self, split, indices, batch_size, seed=None, augment=False, flip=False, share=slice(None)):
-        super().__init__(workers=2)
+        super().__init__()
         self.indices = np.arange(len(split)) if indices is None else indices
         self.split, self.batch_size, self.seed = split, batch_size, seed
         self.augment, self.flip, self.share = augment, flip, share
@@ -635,12 +639,12 @@ class Batches(keras.utils.PyDataset):
         return self.split.examples(indices, rng, self.augment, self.flip, self.share)
 
     def ahead(self, first, convert):
-        """Yields convert(batch) of the batches from index `first` on, prepared by the threads while others are used."""
-        with concurrent.futures.ThreadPoolExecutor(self.workers) as threads:
+        """Yields convert(batch) of the batches from index `first` on, which two threads prepare while others are used."""
+        with concurrent.futures.ThreadPoolExecutor(2) as threads:
             waiting = collections.deque()
             for index in range(first, len(self)):
                 waiting.append(threads.submit(lambda index=index: convert(self[index])))
-                if len(waiting) > self.workers:
+                if len(waiting) > 2:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()

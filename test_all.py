@@ -773,7 +773,8 @@ def test_wrong_arguments_and_inputs():
     cases = {"shared_step_sizes": [functools.partial(siren.reconstruct, images, steps=4),
                                    lambda: small_mwt(images, inner_steps_test=7)]}
     cases["at least 1"] = [
-        lambda: mwt.MWT(inner_steps=0), lambda: mwt.MWT(depth=0), lambda: inrn.INRN(num_classes=0), lambda: inrn.PictureFit(width=0)]
+        lambda: mwt.MWT(inner_steps=0), lambda: mwt.MWT(depth=0), lambda: inrn.INRN(num_classes=0),
+        lambda: inrn.PictureFit(width=0)]
     cases[r"\(N, H, W, 3\)"] = [lambda: siren(grey), lambda: siren.fit(grey, labels, verbose=0), lambda: network(grey),
                                 lambda: hyper(grey), lambda: hyper.inpaint(grey, hole)]
     cases[r"boolean, of shape \(8, 8\) or \(5, 8, 8\)"] = [
@@ -1227,9 +1228,10 @@ def test_two_processes_train_like_one_and_go_on_after_a_kill(tmp_path):
                "--validation-images", "51", "--epochs", "2", "--save-every", "1"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"]
     for name in ("one", "whole", "killed"):
-        process = subprocess.Popen([*(command if name != "one" else command[:1]), HERE / "train.py", *options, "--run-dir",
-                                    tmp_path / name], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+        start = command if name != "one" else command[:1]
+        process = subprocess.Popen([*start, HERE / "train.py", *options, "--run-dir", tmp_path / name], text=True,
+                                   env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+                                   stderr=subprocess.STDOUT)
         for line in process.stdout if name == "killed" else ():
             if "step 7/7" in line:  # of the first epoch
                 children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -1293,6 +1295,16 @@ with mode:
     assert not reads and fits.render(np.zeros(1, "float32"), 12, 12).shape == (1, 12, 12, 3)
 """, KERAS_TORCH_DEVICE="lazy:0")
     assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_evaluation_sees_each_example_once(runs):
+    model = keras.saving.load_model(runs / "inrn" / "model.keras")
+    split = data.Split(100, lambda indices: data.shapes(10_000 + indices))
+    images, labels = split.examples(np.arange(100))
+    accuracy = (model.predict(images, verbose=0).argmax(-1) == labels).mean()
+    assert 0 < accuracy < 1
+    for size in (2, 7):
+        assert train.evaluate_model(model, data.Batches(split, None, size))["accuracy"] == pytest.approx(accuracy)
 
 
 @pytest.mark.parametrize("name", RUNS)

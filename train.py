@@ -57,7 +57,8 @@ if "tensorflow" not in sys.modules:  # Keras looks for it once and would import 
 
 METHODS = ("mwt", "hyperinr", "inrn")
 NOT_IN_CONFIG = {"resume", "evaluate", "predict", "benchmark", "ablate", "seeds", "run_dir", "memory"}
-RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # from torchrun
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+RANK = int(os.environ["RANK"]) if PROCESSES > 1 else 0
 
 
 # ---- Options ----
@@ -181,20 +182,28 @@ def file_name(dataset):
 # ---- Data ----
 
 
+@contextlib.contextmanager
+def first_process_first():
+    """The first process downloads or prepares files, then the others find them."""
+    if RANK:
+        torch.distributed.barrier()
+    yield
+    if PROCESSES > 1 and RANK == 0:
+        torch.distributed.barrier()
+
+
 def load_dataset(options, task):
     data.Split.room, points = options.memory * 2**30, vars(task).get("points", lambda options: None)
-    for first in (True, False):  # the first process may download the dataset, then the others find it
-        if first == (RANK == 0):
-            dataset = data.LOADERS[options.task](options.dataset, options.data_dir, options.image_size, options.seed,
-                                                 points(options), options.squash)
-        if first and PROCESSES > 1:
-            torch.distributed.barrier()
-    return dataset
+    with first_process_first():
+        return data.LOADERS[options.task](options.dataset, options.data_dir, options.image_size, options.seed,
+                                          points(options), options.squash)
 
 
 def to_tensors(batch):
-    """On a GPU, copied from pinned memory."""
+    """The arrays of a batch as tensors, on a GPU if there is one. Any thread can call it."""
     pin = torch.cuda.is_available()
+    if pin and PROCESSES > 1:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # of this thread
     return keras.tree.map_structure(
         lambda x: keras.ops.convert_to_tensor(torch.from_numpy(x).pin_memory() if pin else x), batch)
 
@@ -213,17 +222,16 @@ def training_batches(options, dataset):
         refuse(f"{PROCESSES} processes cannot share a batch of {options.batch_size}: use a multiple as --batch-size")
     batches = data.Batches(dataset.train, chosen, options.batch_size, options.seed, options.augment, dataset.flip,
                            slice(RANK, None, PROCESSES))
-    if dataset.validation:
-        return batches, evaluation_batches(dataset, dataset.validation)
-    return batches, evaluation_batches(dataset, dataset.train, held_out) if len(held_out) else None
+    validation = (dataset.validation,) if dataset.validation else (dataset.train, held_out) if count else None
+    return batches, validation and evaluation_batches(dataset, *validation)
 
 
 def evaluation_batches(dataset, split, indices=None):
     """Batches with as many pixels as 200 images of 28×28, which limits the memory used, of this process's images."""
-    indices = (np.arange(len(split)) if indices is None else indices)[RANK::PROCESSES]
-    if not len(indices):
+    indices = np.arange(len(split)) if indices is None else indices
+    if len(indices) < PROCESSES:
         refuse(f"{PROCESSES} processes cannot share fewer images: use fewer processes, or more --validation-images")
-    return data.Batches(split, indices, max(1, 200 * 28**2 // math.prod(dataset.image_shape[:2])))
+    return data.Batches(split, indices[RANK::PROCESSES], max(1, 200 * 28**2 // math.prod(dataset.image_shape[:2])))
 
 
 # ---- Several processes: each computes its share of every batch; the gradients are averaged, the metrics added ----
@@ -231,14 +239,14 @@ def evaluation_batches(dataset, split, indices=None):
 
 def average_gradients(optimizer):
     """Makes the optimizer apply the mean of the gradients of all processes."""
-    def apply(gradients, variables):
+    def apply(gradients, variables, original=optimizer.apply):
         vector = torch.nn.utils.parameters_to_vector(gradients) / PROCESSES
         torch.distributed.all_reduce(vector)
         torch.nn.utils.vector_to_parameters(vector, gradients)
-        optimizer_apply(gradients, variables)
+        original(gradients, variables)
 
     if PROCESSES > 1:
-        optimizer_apply, optimizer.apply = optimizer.apply, apply
+        optimizer.apply = apply
 
 
 def add_metrics(model):
@@ -253,7 +261,12 @@ def add_metrics(model):
 
 
 def evaluate_model(model, batches):
-    model.evaluate(batches, verbose=0)
+    """As `model.evaluate`, but with batches prepared ahead. (Keras 3.15 has threads for that; they skip and repeat
+    batches of a model that was compiled with metrics and then loaded.)"""
+    model.reset_metrics()
+    with torch.no_grad():
+        for batch in batches.ahead(0, to_tensors):
+            model.test_step(batch)
     return add_metrics(model)
 
 
@@ -318,12 +331,9 @@ def write_json(path, content):
 
 def write_csv(path, rows):
     """rows: dicts with the same keys."""
-    def write(temporary):
-        with open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-    write_atomically(path, write)
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([rows[0], *(row.values() for row in rows)])
+    write_atomically(path, lambda temporary: temporary.write_text(text.getvalue(), newline=""))
 
 
 class Run:
@@ -366,6 +376,8 @@ class Run:
 
     def save(self):
         add_metrics(self.model)
+        if RANK:
+            return
         self.seconds = time.perf_counter() - self.start
         position = {name: getattr(self, name) for name in ("epoch", "step", "seconds", "history")}
         buffer = io.BytesIO()  # on a full disk, torch.save would raise a RuntimeError that does not say so
@@ -447,7 +459,8 @@ def build(options, task, dataset, steps_per_epoch):
     keras.utils.set_random_seed(options.seed)
     keras.config.set_dtype_policy(options.precision)
     try:
-        models = task.build(options, dataset, steps_per_epoch)
+        with first_process_first():
+            models = task.build(options, dataset, steps_per_epoch)
     except ValueError as error:
         refuse(error)
     for optimizer in [optimizer for _, model, _ in models for optimizer in model.optimizers]:
@@ -460,33 +473,36 @@ def train(options, task):
     folder = options.run_dir
     with locked(folder):
         restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun, with the same command
-        options.resume = options.resume or restarted and (folder / "config.json").exists()
-        if RANK == 0 and not options.resume and any(path.name != "new-config.json" for path in folder.iterdir()):
+        if restarted and (folder / "config.json").exists():
+            refuse_changes(options, read_config(folder), {"data_dir"})
+            options.resume = True
+        if not options.resume and any(path.name != "new-config.json" for path in folder.iterdir()):
             refuse(f"{folder} already holds a run: use --resume, another --run-dir or --seed, or delete it")
         if (folder / "results.json").exists():
             print(f"{folder} holds a finished run: nothing to do")
         else:
             train_models(options, task, folder)
-        for checkpoint in folder.rglob("checkpoint.pt"):
-            checkpoint.unlink(missing_ok=True)
+        for checkpoint in folder.rglob("checkpoint.pt") if RANK == 0 else ():
+            checkpoint.unlink()
 
 
 def train_models(options, task, folder):
     dataset = load_dataset(options, task)
     batches, validation = training_batches(options, dataset)
     models = build(options, task, dataset, len(batches))
-    dataset.train[np.arange(1)], dataset.test[np.arange(1)]  # most errors in the data have to appear before training
+    with first_process_first():  # most errors in the data have to appear before training
+        dataset.train[np.arange(1)], dataset.test[np.arange(1)]
+    runs = {subfolder or options.method: Run(folder / subfolder, model, epochs, batches, validation, options.save_every)
+            for subfolder, model, epochs in models}
+    if PROCESSES > 1:
+        torch.distributed.barrier()  # all have read the same checkpoint
     if not options.resume:
         versions = {"python": platform.python_version(), **{m.__name__: m.__version__ for m in (keras, torch, np)}}
         write_json(folder / "config.json", {
             **{name: value for name, value in vars(options).items() if name not in NOT_IN_CONFIG},
             **{name: getattr(dataset, name) for name in ("image_shape", "axes", "class_names")}, "versions": versions})
-    runs = {subfolder or options.method: Run(folder / subfolder, model, epochs, batches, validation, options.save_every)
-            for subfolder, model, epochs in models}
     print(f"{options.method} on {options.dataset}: {len(batches.indices):,} training images of {dataset.image_shape}, "
           f"{len(dataset.test):,} test images; {device_name()}", flush=True)
-    if PROCESSES > 1:
-        torch.distributed.barrier()  # all have read the same checkpoint
     for run in runs.values():
         print(f"{run.folder}: {run.epochs} epochs of {len(batches)} steps, {run.epoch} and {run.step} done", flush=True)
         run.train()
@@ -550,6 +566,8 @@ def report(options, task, dataset, folder, target):
     models = {options.method if path == folder else path.name: load_model(path) for path in folders}
     results = {"method": options.method, "task": options.task, "preset": options.preset, "dataset": options.dataset,
                "device": device_name()}
+    with first_process_first():
+        dataset.test[np.arange(1)]
     for name, model in models.items():
         metrics = evaluate_model(model, evaluation_batches(dataset, dataset.test))
         values = {f"test_{metric}": value for metric, value in metrics.items()} | {"parameters": model.count_params()}
