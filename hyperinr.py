@@ -298,7 +298,7 @@ class HyperINR(keras.Model):
         self.image_size, self.channels = image_size, channels
         self.latent_penalty, self.weight_penalty, self.task_weight = latent_penalty, weight_penalty, task_weight
         pretrained = classifier == "pretrained"
-        self.frozen = classifier == "pixels" or pretrained and freeze_encoder  # for the reconstruction
+        self.frozen = pretrained and freeze_encoder
         self.encoder = (pixel_encoder(image_size, channels, latent_dim, policy) if pretrained else
                         image_encoder(image_size, channels, latent_dim, encoder_width, policy))
         self.classifier = (weight_classifier(num_classes, dim, depth, policy) if classifier == "weights" else
@@ -495,7 +495,7 @@ def report(models, images, labels, class_names, finer):
     rows, columns = np.arange(height)[:, None] - top, np.arange(width) - left
     hole = (0 <= rows) & (rows < height // 3) & (0 <= columns) & (columns < width // 3)      # (N, H, W)
     noisy = np.clip(images + rng.normal(0, 0.5, images.shape), -1, 1).astype("float32")
-    results, figure = {"psnr": {}}, [[(picture, "image") for picture in fine[:8]]]
+    results, figure = {"psnr": {}}, [[(picture, "image") for picture in fine[:4]]]
     for name, truth, pictures in (
             ("INR", images, model.reconstruct(images)),
             ("bilinear", fine, ops.convert_to_numpy(resize(coarse, fine.shape[1:3]))),
@@ -504,7 +504,7 @@ def report(models, images, labels, class_names, finer):
             ("noisy", images, noisy), ("denoise", images, model.denoise(noisy))):
         values = psnr(np.square(truth - pictures).mean(axis=(1, 2, 3)))
         results["psnr"][name] = float(values.mean())
-        figure.append([(picture, f"{name}\n{value:.1f} dB") for picture, value in zip(pictures[:8], values)])
+        figure.append([(picture, f"{name}\n{value:.1f} dB") for picture, value in zip(pictures[:4], values)])
     if labels is not None:
         images, begin = ops.convert_to_tensor(images[:max(1, 100 * 28**2 // (height * width))]), time.perf_counter()
         values = psnr(fit_each(images, model.config["dim"], model.config["depth"], model.omega, 100)).mean(axis=1)
