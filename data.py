@@ -640,7 +640,7 @@ class Batches(keras.utils.PyDataset):
 
     def ahead(self, first, convert):
         """Yields convert(batch) of the batches from index `first` on. Two threads prepare them while others are used,
-        unless all examples are images in memory, where threads would take 3 % of the time of a training step."""
+        unless all examples are images in memory, where threads would slow down the training step."""
         if type(self.split) is Split and {*(self.order % self.split.distinct).tolist()} <= self.split.kept.keys():
             yield from (convert(self[index]) for index in range(first, len(self)))
             return

@@ -332,7 +332,7 @@ def write_json(path, content):
 def write_csv(path, rows):
     """rows: dicts with the same keys."""
     text = io.StringIO(newline="")
-    csv.writer(text).writerows([rows[0], *(row.values() for row in rows)])
+    csv.writer(text).writerows([rows[0], *([row[name] for name in rows[0]] for row in rows)])
     write_atomically(path, lambda temporary: temporary.write_text(text.getvalue(), newline=""))
 
 
