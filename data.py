@@ -105,23 +105,22 @@ def load(name, data_dir=None, image_size=None, seed=0, points=None, squash=False
 
 
 def load_frames(name, data_dir=None, image_size=None, seed=0, points=None, squash=False):
-    """Loads a picture or a video to fit: the images of the Dataset are frames (T, H, W, 3), the labels are their times,
+    """Loads a picture or a video to fit: the images of the Dataset are frames (H, W, 3), the labels are their times,
     from -1 to 1 (0 for a picture). All splits hold the same frames; a training epoch has at least 200.
 
     name: an image file, a folder of image files, "shapes" (a picture of sixteen shapes) or "shapes-video". image_size:
-    the longest side, to which larger pictures are scaled down (default: 256; "shapes-video": 64). Ignores the other
-    arguments but seed. Raises DataError as `read_frames` does.
+    the longest side, to which larger pictures are scaled down (default: 320; "shapes-video": 64). Ignores the other
+    arguments but seed. Raises DataError as `open_frames` does.
     """
-    if name == "shapes":
-        frames = shapes_mosaic(image_size or 256, seed)[None]
-    elif name == "shapes-video":
-        frames = shapes_video(image_size or 64, seed=seed)
+    if name in ("shapes", "shapes-video"):
+        video = name == "shapes-video"
+        frames = shapes_video(image_size or 64, seed=seed) if video else shapes_mosaic(image_size or 320, seed)[None]
+        count, shape, read = len(frames), frames.shape[1:], frames.__getitem__
     else:
-        frames = read_frames(name, image_size or 256)
-    count = len(frames)
+        count, shape, read = open_frames(name, image_size or 320)
     times = np.linspace(-1, 1, count, dtype=np.float32) if count > 1 else np.zeros(1, np.float32)
-    every = Split(count, lambda indices: (frames[indices], times[indices]))
-    return Dataset(Split(count * -(-200 // count), every.read, count), every, frames.shape[1:], validation=every)
+    every = Split(count, lambda indices: (read(indices), times[indices]))
+    return Dataset(Split(count * -(-200 // count), every.read, count), every, shape, validation=every)
 
 
 LOADERS = {"classify": load, "fit": load_frames}  # by task
@@ -331,14 +330,19 @@ def read_image(path, height, width, channels, squash=False):
     return _read(path, "L" if channels == 1 else "RGB", lambda picture: _cover(picture, height, width, squash))
 
 
-def read_frames(path, longest):
-    """Reads an image file, or a folder's image files in the order of their names: `uint8` (T, H, W, 3), scaled down
-    if a side exceeds `longest`. Raises DataError for no images, incomplete images and images of different sizes."""
+def open_frames(path, longest):
+    """An image file, or a folder's image files in the order of their names, as a video: number of frames, their shape
+    (H, W, 3), and a function from indices (n,) to frames `uint8` (n, H, W, 3), which reads them from the files. They
+    are scaled down if a side exceeds `longest`. Reads every file once, to compare their sizes. Raises DataError for no
+    images, incomplete images and images of different sizes."""
     from PIL import Image
 
-    def shrink(picture):
-        picture.thumbnail((longest, longest))
-        return np.asarray(picture)
+    def read(file):
+        def shrink(picture):
+            picture.thumbnail((longest, longest))
+            return np.asarray(picture)
+
+        return _read(file, "RGB", shrink)
 
     Image.init()
     paths = [path]
@@ -347,12 +351,12 @@ def read_frames(path, longest):
                        if os.path.splitext(file)[1].lower() in Image.EXTENSION)
     if not paths:
         raise DataError(f"{path} has no image files: use the folder that holds the frames of a video")
-    frames = [_read(file, "RGB", shrink) for file in paths]
-    for file, frame in zip(paths, frames):
-        if frame.shape != frames[0].shape:
-            raise DataError(f"frames differ in size: {paths[0]} is {frames[0].shape[1]}×{frames[0].shape[0]}, {file} "
-                            f"{frame.shape[1]}×{frame.shape[0]}: use the frames of one video")
-    return np.stack(frames)
+    shapes = [read(file).shape for file in paths]
+    for file, shape in zip(paths, shapes):
+        if shape != shapes[0]:
+            raise DataError(f"frames differ in size: {paths[0]} is {shapes[0][1]}×{shapes[0][0]}, {file} "
+                            f"{shape[1]}×{shape[0]}: use the frames of one video")
+    return len(paths), shapes[0], lambda indices: np.stack([read(paths[index]) for index in indices])
 
 
 def _read(path, mode, finish):

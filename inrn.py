@@ -5,14 +5,15 @@ representation as a network from a fixed domain to a fixed range: from the point
 images of a dataset to classes. Both use the same block, INRe. A single stage of blocks fits a picture (equation 1).
 Four stages classify images; they learn from labels and from the layers of a teacher (equations 2 to 4).
 
-    single stage   coords (N, H, W, 2) -> Fourier features -> INRe blocks -> colours (N, H, W, 3)
+    single stage   learned maps (1, h, w, D), or for a video time t (N,) -> dense -> (N, h, w, D)
+                   -> INRe blocks, of which the first double the resolution -> dense -> pixels (N, H, W, 3)
     four stages    images (N, H, W, C) -> stem -> stage1 ... stage4, each half the resolution -> mean -> logits
     distillation   stage outputs -> 1×1 convolutions -> compared with the teacher's outputs
 
     symbol    shape          meaning
     N H W C   -              number of images (or frames), height, width, channels
     D, D/c    -              width of a block, its hidden width; c is the compression coefficient
-    coords    (N, H, W, 2)   row and column, each from -1 to 1; with the time t of a frame (N, H, W, 3)
+    t         (N,)           times of the frames of a video, from -1 to 1
     O_s O_t   (N, h, w, D)   outputs of one stage of the student, of one layer of the teacher
 
 The paper shows the inside of a block only in a figure, which its text does not describe. Our reading: the two layers of
@@ -45,14 +46,16 @@ distiller.fit(images, labels, batch_size=16, epochs=2)
 print(student.evaluate(images, labels, return_dict=True))             # loss and accuracy
 
 picture = np.random.uniform(-1, 1, (1, 32, 32, 3)).astype("float32")
-model = inrn.PictureFit(width=16, blocks=2)
+model = inrn.PictureFit(size=(32, 32), parameters=600)
 model.compile(total_steps=20)
 model.fit(picture, np.zeros(1), epochs=20)                            # a single picture has time 0
 print(model.render(times=[0.0], height=64, width=64).shape)           # twice as fine: (1, 64, 64, 3)
 ```
 """
 
+import bisect
 import functools
+import math
 import os
 import types
 
@@ -96,24 +99,23 @@ PRESETS = {
     "medium": SMALL | dict(widths="88,176,352,352", blocks="1,3,6,2", stem_stride=4, compression=2.0),
     "large": SMALL | dict(widths="128,256,512,768", blocks="2,5,12,2", stem_stride=4, compression=2.0),
 }
-# Hyperparameters of fitting a picture or a video. All values are ours; they were tuned on `shapes`.
+# Hyperparameters of fitting a picture or a video. All values are ours.
 FIT_HYPERPARAMETERS = {
-    "alone": (False, "fit INRN only, without a SIREN and a ReLU MLP of as many parameters"),
-    "width": (48, "width of the blocks"),
-    "blocks": (4, "number of blocks"),
+    "compare": (False, "also fit networks of at most as many parameters: a SIREN and a ReLU MLP, or for a video NeRV"),
+    "parameters": (40_000, "largest number of parameters; it determines the maps' size and the blocks' width"),
+    "width": (0, "width of the blocks, whatever the number of parameters (0: the largest that it allows)"),
+    "blocks": (3, "number of blocks; more if the resolution has to be doubled more often"),
     "compression": (2.0, HYPERPARAMETERS["compression"][1]),
     **{name: HYPERPARAMETERS[name] for name in ("activation", "hybrid")},
-    "patch": (2, "side in pixels of the square that INRN draws for each coordinate"),
-    "features": (128, "number of sines, and of cosines, in the Fourier features of the coordinates"),
-    "feature_scale": (15.0, "standard deviation of the Fourier features' frequencies, in radians per unit"),
     "alpha": (0.7, "weight of the squared error in the loss; 1 - SSIM has weight 1 - alpha"),
-    "rate": (1e-2, "initial learning rate of INRN"),
+    "rate": (1e-2, "initial learning rate of INRN and NeRV"),
     "siren_rate": (1e-3, "initial learning rate of the SIREN"),
     "relu_rate": (3e-3, "initial learning rate of the ReLU MLP"),
     "batch_size": (4, "frames per training step"),
-    "epochs": (6, "number of epochs; an epoch shows 200 frames"),
+    "epochs": (20, "number of epochs; an epoch shows at least 200 frames, each as often as the others"),
 }
-FIT_PRESETS = {"quick": {name: value for name, (value, _) in FIT_HYPERPARAMETERS.items()}}
+FIT_QUICK = {name: value for name, (value, _) in FIT_HYPERPARAMETERS.items()}
+FIT_PRESETS = {"quick": FIT_QUICK, "video": FIT_QUICK | dict(parameters=200_000, rate=2e-2)}
 
 
 # ---- The block ----
@@ -132,6 +134,11 @@ dense = functools.partial(built, keras.layers.Dense)  # over channels: a layer o
 convolution = functools.partial(built, keras.layers.Conv2D, kernel_size=3, padding="same", data_format="channels_last")
 
 
+def pixels(x, scale):
+    """The channels of each position become scale × scale pixels: (N, H, W, scale² C) -> (N, scale H, scale W, C)."""
+    return ops.depth_to_space(x, scale, data_format="channels_last") if scale > 1 else x
+
+
 @keras.saving.register_keras_serializable("inrn")
 class INReBlock(keras.layers.Layer):
     """(N, H, W, inputs) -> (N, H/stride, W/stride, width), sides rounded up. (Section 2.2.)
@@ -140,6 +147,9 @@ class INReBlock(keras.layers.Layer):
     added: the identity if the shape does not change, otherwise a strided convolution (a dense layer with "mlp"). The
     last layer starts at zero, so a new block equals its shortcut. Normalization and shortcut are ours.
 
+    upscale: s; above 1 the block returns (N, s H, s W, width) and has no stride. The convolution, or the MLP's last
+    layer if that comes after it, and a dense layer as the shortcut have s² times the channels, which become pixels; no
+    layer starts at zero.
     compression: c; the MLP's hidden width is width / c. At 1 the block is flat; below 1 it expands first.
     activation: "gelu" (exact, not approximated) or "relu".
     hybrid (Table 1): "interleaved": the convolution has the narrower width, between the layers or, for c < 1, before
@@ -147,7 +157,8 @@ class INReBlock(keras.layers.Layer):
     convolution, and strides become average pooling. Raises ValueError for other values.
     """
 
-    def __init__(self, inputs, width, compression=2.0, stride=1, activation="gelu", hybrid="interleaved", **kwargs):
+    def __init__(self, inputs, width, compression=2.0, stride=1, activation="gelu", hybrid="interleaved", upscale=1,
+                 **kwargs):
         super().__init__(**kwargs)
         if activation not in ("gelu", "relu"):
             raise ValueError(f"activation must be gelu or relu; it is {activation}")
@@ -156,87 +167,112 @@ class INReBlock(keras.layers.Layer):
         if not 0 < compression <= width:
             raise ValueError(f"compression must be above 0 and at most the width, {width}; it is {compression}")
         self.config = dict(inputs=inputs, width=width, compression=compression, stride=stride, activation=activation,
-                           hybrid=hybrid)
-        hidden = round(width / compression)
+                           hybrid=hybrid, upscale=upscale)
+        self.upscale, self.spread, hidden, out = upscale, -1, round(width / compression), width * upscale**2
         self.activation, self.pool = keras.activations.get(activation), stride if hybrid == "mlp" else 1
         self.norm = keras.layers.LayerNormalization(epsilon=1e-5, dtype=self.dtype_policy)
         self.norm.build((None, None, None, inputs))
         linear = functools.partial(dense, dtype=self.dtype_policy)
         conv = functools.partial(convolution, strides=stride, dtype=self.dtype_policy)
+        start = None if upscale > 1 else "zeros"
         if hybrid == "mlp":
-            self.steps = [linear(inputs, hidden), linear(hidden, width, "zeros")]
+            self.steps = [linear(inputs, hidden), linear(hidden, out, start)]
         elif hybrid == "post":
-            self.steps = [linear(inputs, hidden), linear(hidden, width), conv(width, width, initializer="zeros")]
+            self.steps = [linear(inputs, hidden), linear(hidden, width), conv(width, out, start)]
         elif hybrid == "interleaved" and compression >= 1:
-            self.steps = [linear(inputs, hidden), conv(hidden, hidden), linear(hidden, width, "zeros")]
+            self.steps = [linear(inputs, hidden), conv(hidden, hidden * upscale**2), linear(hidden, width, start)]
+            self.spread = 1
         else:
-            self.steps = [conv(inputs, width), linear(width, hidden), linear(hidden, width, "zeros")]
-        same_shape = inputs == width and (stride == 1 or hybrid == "mlp")  # after pooling
-        self.shortcut = None if same_shape else (linear if hybrid == "mlp" else conv)(inputs, width)
+            self.steps = [conv(inputs, width), linear(width, hidden), linear(hidden, out, start)]
+        same_shape = inputs == out and (stride == 1 or hybrid == "mlp")  # after pooling
+        self.shortcut = None if same_shape else (linear if hybrid == "mlp" or upscale > 1 else conv)(inputs, out)
         self.built = True
 
     def call(self, x):
         if self.pool > 1:
             x = ops.average_pool(x, self.pool, padding="same", data_format="channels_last")
-        y = self.steps[0](self.norm(x))
-        for step in self.steps[1:]:
-            y = step(self.activation(y))
-        return y + (x if self.shortcut is None else self.shortcut(x))
+        y = self.norm(x)
+        for number, step in enumerate(self.steps):
+            y = step(self.activation(y) if number else y)
+            if step is self.steps[self.spread]:
+                y = pixels(y, self.upscale)
+        return y + (x if self.shortcut is None else pixels(self.shortcut(x), self.upscale))
 
     def get_config(self):
         return {**super().get_config(), **self.config}
 
 
-# ---- Single stage: from the coordinates of a picture to its colours (section 2.3) ----
+# ---- Single stage: from an embedding to a picture, or from its time to a frame (section 2.3) ----
 
 
-def coordinates(height, width, times=None):
-    """Centres of height × width cells filling [-1, 1]²: (1, height, width, 2), each (row, column). With times (N,) the
-    time of the frame is the third number: (N, height, width, 3)."""
-    rows, columns = ((ops.arange(side, dtype="float32") + 0.5) * (2 / side) - 1 for side in (height, width))
-    frames = ops.zeros(1) if times is None else ops.cast(times, "float32")
-    time, *grid = ops.meshgrid(frames, rows, columns, indexing="ij")
-    return ops.stack(grid if times is None else [*grid, time], axis=-1)
+class LearnedMaps(keras.layers.Layer):
+    """Maps of features (1, h/s, w/s, s channels) for each s in `scales`, sides rounded up, which are learned and
+    interpolated to (h, w): the embedding of a picture, returned for times (N,), or channels that all frames of a video
+    share, appended to its features (N, h, w, D). Coarse maps hold what neighbours have in common in few parameters."""
 
-
-class FourierFeatures(keras.layers.Layer):
-    """Sines and cosines of `features` random projections: (N, H, W, inputs) -> (N, H, W, 2 features). They are the
-    embedding E of section 2.1, as in Tancik et al. (NeurIPS 2020). scale: standard deviation of the frequencies of row
-    and column, in radians per unit; that of time is 3, about one period from the first frame to the last."""
-
-    def __init__(self, inputs, features, scale, **kwargs):
+    def __init__(self, height, width, channels, scales, **kwargs):
         super().__init__(**kwargs)
-        self.scales = [scale, scale, 3.0][:inputs]
-        self.directions = self.add_weight(shape=(inputs, features), trainable=False, name="directions",
-                                          initializer=keras.initializers.RandomNormal(stddev=1.0))
+        self.maps = [self.add_weight(shape=(1, -(-height // scale), -(-width // scale), scale * channels),
+                                     initializer=keras.initializers.RandomNormal(stddev=0.1)) for scale in scales]
         self.built = True
 
-    def call(self, coords):
-        angles = (coords * ops.convert_to_tensor(self.scales, coords.dtype)) @ self.directions
-        return ops.concatenate([ops.sin(angles), ops.cos(angles)], axis=-1)
+    def call(self, x):
+        size = self.maps[0].shape[1:3]
+        maps = [ops.image.resize(y, size, data_format="channels_last") for y in self.maps]
+        if len(x.shape) == 4:
+            maps = [x, *(ops.broadcast_to(y, (len(x), *y.shape[1:])) for y in maps)]
+        return ops.concatenate(maps, axis=-1)
 
 
-def single_stage(inputs, width, blocks, compression, activation, hybrid, patch, features, feature_scale):
-    """Layers of INRN for a picture: coords (N, H/patch, W/patch, inputs) -> colours (N, H/patch, W/patch, 3 patch²)."""
-    return [
-        FourierFeatures(inputs, features, feature_scale, dtype="float32"),
-        dense(2 * features, width, dtype="float32"),
-        *[INReBlock(width, width, compression, 1, activation, hybrid, dtype="float32") for _ in range(blocks)],
-        dense(width, 3 * patch**2, dtype="float32"),
-    ]
+def sines_and_cosines(angles):
+    return ops.concatenate([ops.sin(angles), ops.cos(angles)], axis=-1)
 
 
-def compared(network, inputs, parameters, features, feature_scale):
-    """Layers of a network that Figure 2 compares INRN with: coords (N, H, W, inputs) -> colours (N, H, W, 3). network:
-    "siren" (Sitzmann et al., NeurIPS 2020), or "relu", an MLP on Fourier features like those of INRN. Both have three
-    hidden layers D -> D, and the largest D for at most that many parameters (at least 1 for any INRN)."""
-    layers = [] if network == "siren" else [FourierFeatures(inputs, features, feature_scale, dtype="float32")]
-    inputs, width = 2 * features if layers else inputs, 0
-    parameters -= sum(layer.count_params() for layer in layers)
-    while (inputs + 1) * (width + 1) + 3 * (width + 2) * (width + 1) + 3 * (width + 2) <= parameters:
-        width += 1
+def single_stage(size, time, parameters, width, blocks, compression, activation, hybrid, nerv=False):
+    """Layers of INRN: times (N,) -> colours (1, H/p, W/p, 3p²) of a picture or, with `time`, (N, H, W, 3) of a video.
+
+    The features start with one position for a cell of pixels. Blocks double their resolution, each with 0.8 times the
+    width of the last. On a picture half of the parameters are learned maps; further blocks keep the resolution, and the
+    last layer draws p² pixels for each position (p ≤ 4). On a video two dense layers compute the features from sines
+    and cosines of the time, and two learned channels are appended before each block but the last. nerv: the blocks are
+    NeRV's (Chen et al., NeurIPS 2021): a 3×3 convolution, GELU, `depth_to_space`; its last layer is a convolution."""
+    positions = parameters / (1920 if time else 7)
+    cell = 2 ** max(0, round(math.log2(math.prod(size) / positions) / 2))
+    grid, patch = [-(-side // cell) for side in size], 1 if time else min(cell, 4)
+    if time:
+        inputs, shape = 12, (*grid, 12)  # few channels, and few inputs of the dense layer with the many outputs
+        layers = [lambda times: sines_and_cosines(times[:, None] * (math.pi * 1.25 ** ops.arange(16, dtype="float32"))),
+                  dense(32, 32, activation="gelu", dtype="float32"), dense(32, math.prod(shape), dtype="float32"),
+                  lambda x: ops.reshape(x, (-1, *shape))]
+    else:
+        inputs, channels = width, max(1, round(parameters / 3.5 / math.prod(grid)))
+        layers = [LearnedMaps(*grid, channels, (1, 2, 4), dtype="float32"), dense(7 * channels, width, dtype="float32")]
+    doublings = round(math.log2(cell / patch))
+    for number in range(doublings if time else max(blocks, doublings + 1)):
+        double = number < doublings
+        if nerv:
+            layers += [convolution(inputs, 4 * width, activation="gelu", dtype="float32"), lambda x: pixels(x, 2)]
+        else:
+            if time and number < doublings - 1:
+                layers.append(LearnedMaps(*(side * 2**number for side in grid), 2, (1,), dtype="float32"))
+                inputs += 2
+            layers.append(INReBlock(inputs, width, compression, 1, activation, hybrid, 1 + double, dtype="float32"))
+        inputs, width = width, max(math.ceil(compression), round(0.8 * width)) if double else width
+    return [*layers, (convolution if nerv else dense)(inputs, 3 * patch**2, dtype="float32")]
+
+
+def coordinate_network(size, width, siren):
+    """Layers of a network with three hidden layers: times -> coordinates (1, H, W, 2), the centres of H × W cells that
+    fill [-1, 1]² -> colours (1, H, W, 3). A SIREN (Sitzmann et al., NeurIPS 2020; omega 30), or an MLP with ReLU on
+    random Fourier features (Tancik et al., NeurIPS 2020)."""
+    axes = [(ops.arange(side, dtype="float32") + 0.5) * (2 / side) - 1 for side in size]
+    layers, inputs = [lambda times: ops.stack(ops.meshgrid(*axes, indexing="ij"), axis=-1)[None]], 2
+    if not siren:
+        layers += [dense(2, 128, keras.initializers.RandomNormal(stddev=15.0), use_bias=False, trainable=False,
+                         dtype="float32"), sines_and_cosines]
+        inputs = 256
     for number, (before, after) in enumerate(zip([inputs] + [width] * 4, [width] * 4 + [3])):
-        if network == "siren":  # its omega is 30
+        if siren:
             limit = (6 / before) ** 0.5 / 30 if number else 1 / before
             start, activation = keras.initializers.RandomUniform(-limit, limit), lambda x: ops.sin(30.0 * x)
         else:
@@ -246,9 +282,19 @@ def compared(network, inputs, parameters, features, feature_scale):
 
 
 def similarity(pictures, others):
-    """SSIM per pair of pictures (N, H, W, 3) in [-1, 1]: (N,). Its window has side 11, or the largest odd that fits."""
-    return ops.image.ssim(pictures + 1, others + 1, max_val=2.0,  # SSIM is defined on intensities from 0
-                          filter_size=(min(11, *pictures.shape[1:3]) + 1) // 2 * 2 - 1, data_format="channels_last")
+    """SSIM per pair of pictures (N, H, W, 3) in [-1, 1]: (N,). (Wang et al., 2004.) As `keras.ops.image.ssim`, whose
+    square window takes many times as long as these two one-dimensional ones and most of the time of a fit. They have 11
+    weights, or the largest odd number that fits."""
+    side = (min(11, *pictures.shape[1:3]) + 1) // 2 * 2 - 1
+    window = ops.exp(-ops.square(ops.arange(side, dtype="float32") - side // 2) / (2 * 1.5**2))
+    window = ops.broadcast_to(ops.reshape(window / ops.sum(window), (1, side, 1, 1)), (1, side, 15, 1))
+    x, y = pictures + 1, others + 1                                                # intensities from 0 to 2
+    moments = ops.concatenate([x, y, x * x, y * y, x * y], axis=-1)                # (N, H, W, 15)
+    for kernel in (window, ops.transpose(window, (1, 0, 2, 3))):
+        moments = ops.depthwise_conv(moments, kernel, data_format="channels_last")
+    x, y, xx, yy, xy = ops.split(moments, 5, axis=-1)                              # local means
+    similar = (2 * x * y + 4e-4) * (2 * (xy - x * y) + 36e-4)                      # 0.01² and 0.03² of the range, 2
+    return ops.mean(similar / ((x * x + y * y + 4e-4) * (xx - x * x + yy - y * y + 36e-4)), axis=(1, 2, 3))
 
 
 def fitting_loss(pictures, targets, alpha):
@@ -263,56 +309,68 @@ def fitting_loss(pictures, targets, alpha):
 class PictureFit(keras.Model):
     """A network that represents a picture or a video. `fit` takes frames (N, H, W, 3) in [-1, 1] and their times (N,).
 
-    network: "inrn", or, to compare it with, "siren" or "relu", which have three hidden layers and at most as many
-    parameters as the INRN with the same arguments. time: whether time is an input, as it must be for a video. It is the
-    paper's only input; convolutions need a grid, so the coordinates, the same for all frames, are added. Without time
-    all frames are copies of one picture, and a step computes only the first of its batch. The other arguments are
-    explained in `FIT_HYPERPARAMETERS`. Everything is computed in `float32`. Raises ValueError for invalid arguments.
+    network: "inrn", or, to compare it with, "siren" or "relu" for a picture and "nerv" for a video. size: (H, W). time:
+    whether the frames depend on their time. Without it all frames are copies of one picture, and a step computes only
+    the first of its batch. width: of the layers; 0: the largest with which there are at most `parameters`. The other
+    arguments are explained in `FIT_HYPERPARAMETERS`. Everything is computed in `float32`. Raises ValueError for invalid
+    arguments.
 
     Metrics: loss (equation 1); psnr, the mean over frames of 10 log10(4 / mse), in dB; ssim, the mean over frames.
     """
 
-    def __init__(self, network="inrn", time=False, width=48, blocks=4, compression=2.0, activation="gelu",
-                 hybrid="interleaved", patch=2, features=128, feature_scale=15.0, alpha=0.7, **kwargs):
+    def __init__(self, network="inrn", size=(256, 256), time=False, parameters=40_000, width=0, blocks=3,
+                 compression=2.0, activation="gelu", hybrid="interleaved", alpha=0.7, **kwargs):
         super().__init__(dtype="float32", **kwargs)
-        self.config = {k: value for k, value in locals().items() if k in {"network", "time", *FIT_HYPERPARAMETERS}}
-        if network not in ("inrn", "siren", "relu"):
-            raise ValueError(f"network must be inrn, siren or relu; it is {network}")
-        if min(width, blocks, patch, features) < 1 or not 0 <= alpha <= 1:
-            raise ValueError("width, blocks, patch and features must be at least 1, and alpha between 0 and 1")
-        self.time, self.alpha, self.patch, inputs = time, alpha, patch, 3 if time else 2
-        layers = single_stage(inputs, width, blocks, compression, activation, hybrid, patch, features, feature_scale)
-        if network != "inrn":
-            parameters, self.patch = sum(layer.count_params() for layer in layers), 1
-            layers = compared(network, inputs, parameters, features, feature_scale)
-        self.network = layers  # assigned once: Keras would also keep the layers of an earlier value
+        names = {"network", "size", "time", *FIT_HYPERPARAMETERS}
+        self.config = {name: value for name, value in locals().items() if name in names}
+        if network not in (("inrn", "nerv") if time else ("inrn", "siren", "relu")):
+            raise ValueError(f"network must be inrn, siren or relu, or for a video inrn or nerv; it is {network}")
+        if min(*size, parameters, blocks) < 1 or not 0 <= alpha <= 1:
+            raise ValueError("size, parameters and blocks must be at least 1, and alpha between 0 and 1")
+        self.size, self.time, self.alpha = size, time, alpha
+
+        def layers(width):
+            if network in ("siren", "relu"):
+                return coordinate_network(size, width, network == "siren")
+            return single_stage(size, time, parameters, width, blocks, compression, activation, hybrid,
+                                network == "nerv")
+
+        def count(width):
+            return sum(layer.count_params() for layer in layers(width) if isinstance(layer, keras.Layer))
+
+        if not width:
+            widths = range(max(1, math.ceil(compression)), math.isqrt(parameters) + 2)
+            fitting = bisect.bisect(widths, parameters, key=count)
+            if not fitting:
+                raise ValueError(f"{parameters} parameters are too few for {network} on pictures of this size")
+            width = widths[fitting - 1]
+        self.network = layers(width)  # assigned once: Keras would also keep the layers of an earlier value
         self.trackers = [keras.metrics.Mean(name=name) for name in ("loss", "psnr", "ssim")]
         self.built = True
 
-    def call(self, times, size):
-        """Frames (N, height, width, 3) of size (height, width) at times (N,)."""
-        height, width = size
-        x = coordinates(-(-height // self.patch), -(-width // self.patch), times if self.time else None)
+    def call(self, times):
+        """Frames (N, H, W, 3) at times (N,)."""
+        x = times
         for layer in self.network:
             x = layer(x)
-        if self.patch > 1:
-            x = ops.depth_to_space(x, self.patch, data_format="channels_last")[:, :height, :width]
-        return ops.broadcast_to(x, (len(times), height, width, 3))
+        x = pixels(x, math.isqrt(x.shape[-1] // 3))[:, :self.size[0], :self.size[1]]
+        return ops.broadcast_to(x, (len(times), *x.shape[1:]))
 
     def render(self, times, height, width):
-        """Frames (N, height, width, 3) at times (N,), computed one by one: a `float32` array in [-1, 1]."""
+        """Frames (N, height, width, 3) at times (N,), computed one by one: a `float32` array in [-1, 1]. Other sizes
+        than the model's are interpolated (bicubic)."""
         with torch.no_grad():
-            frames = [self(time[None], size=(height, width)) for time in ops.convert_to_tensor(times, "float32")]
-        return ops.convert_to_numpy(ops.clip(ops.concatenate(frames), -1, 1))
+            frames = ops.concatenate([self(time[None]) for time in ops.convert_to_tensor(times, "float32")])
+        if (height, width) != tuple(self.size):
+            frames = ops.image.resize(frames, (height, width), "bicubic", antialias=True, data_format="channels_last")
+        return ops.convert_to_numpy(ops.clip(frames, -1, 1))
 
-    def compile(self, total_steps, rate=1e-2, siren_rate=1e-3, relu_rate=3e-3):
-        """Adam. Each network has its own learning rate, which decays to 0 over total_steps along half a cosine. beta_2
-        is 0.9, not 0.999: gradients shrink by orders of magnitude during a fit, and with 0.999 SIREN ended 3 dB and
-        INRN 8 dB lower (with the squared error as the only loss, after 150 and 300 steps)."""
-        self.compile_config = dict(total_steps=total_steps, rate=rate, siren_rate=siren_rate, relu_rate=relu_rate)
+    def compile(self, total_steps, rate=1e-2):
+        """Adam, whose learning rate decays from `rate` to 0 over total_steps along half a cosine. beta_2 is 0.9, not
+        0.999: gradients shrink by orders of magnitude during a fit."""
+        self.compile_config = dict(total_steps=total_steps, rate=rate)
         super().compile(optimizer=None, jit_compile=False)
-        peak = {"inrn": rate, "siren": siren_rate, "relu": relu_rate}[self.config["network"]]
-        self.optimizers = [keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(peak, max(1, total_steps)),
+        self.optimizers = [keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(rate, max(1, total_steps)),
                                                  beta_2=0.9, epsilon=1e-8)]
         self.optimizers[0].build(self.trainable_variables)
 
@@ -320,7 +378,7 @@ class PictureFit(keras.Model):
         """The loss of a batch, a scalar. Updates the metrics. Pictures are clipped to [-1, 1] except in training."""
         frames, times, _ = keras.utils.unpack_x_y_sample_weight(data)
         frames, times = (frames, times) if self.time else (frames[:1], times[:1])  # copies of one picture
-        pictures = self(times, size=frames.shape[1:3])
+        pictures = self(times)
         loss, squared, ssim = fitting_loss(pictures if training else ops.clip(pictures, -1, 1), frames, self.alpha)
         with torch.no_grad():
             for tracker, values in zip(self.trackers, (loss, 10 * ops.log10(4 / squared), ssim)):
@@ -654,35 +712,36 @@ def report(models, images, labels, class_names, finer):
 
 
 def build_fits(options, dataset, steps_per_epoch):
-    """The models of a fit: INRN and, unless options.alone, the networks to compare it with."""
+    """The models of a fit: INRN and, with options.compare, the networks to compare it with."""
     if options.compile or keras.config.dtype_policy().name != "float32":
         raise ValueError("fits use float32 and have no separate INR to compile: leave out --precision and --compile")
     models = []
-    for network in ("inrn",) if options.alone else ("inrn", "siren", "relu"):
+    time = len(dataset.test) > 1
+    for network in ("inrn", *(["nerv"] if time else ["siren", "relu"])) if options.compare else ("inrn",):
         keras.utils.set_random_seed(options.seed)  # the same initial weights beside other networks
-        model = PictureFit(network, len(dataset.test) > 1, options.width, options.blocks, options.compression,
-                           options.activation, options.hybrid, options.patch, options.features, options.feature_scale,
-                           options.alpha)
-        model.compile(options.epochs * steps_per_epoch, options.rate, options.siren_rate, options.relu_rate)
+        model = PictureFit(network, dataset.image_shape[:2], time, options.parameters, options.width, options.blocks,
+                           options.compression, options.activation, options.hybrid, options.alpha)
+        model.compile(options.epochs * steps_per_epoch,
+                      {"siren": options.siren_rate, "relu": options.relu_rate}.get(network, options.rate))
         models.append(("" if network == "inrn" else network, model, options.epochs))
     return models
 
 
 def report_fits(models, frames, times, class_names, finer):
-    """Figure "fit": the first, the middle and the last frame, the models' frames and their errors. No results."""
+    """Figure "fit": frames, the models' frames and their errors. No results."""
     rows = []
-    for i in sorted({0, len(frames) // 2, len(frames) - 1}):
-        pictures, errors = [(frames[i], "ground truth")], [(0 * frames[i] - 1, "error\nwhite: 10 %")]
+    for frame, time in zip(frames, times):
+        pictures, errors = [(frame, "ground truth")], [(0 * frame - 1, "error\nwhite: 10 %")]
         for name, model in models.items():
-            picture = model.render(times[i:i + 1], *frames[i].shape[:2])[0]
-            pictures.append((picture, f"{name}\n{float(ops.psnr(frames[i], picture, 2.0)):.1f} dB"))
-            errors.append((abs(picture - frames[i]).mean(-1) / 0.1 - 1, ""))
+            picture = model.render([time], *frame.shape[:2])[0]
+            pictures.append((picture, f"{name}\n{float(ops.psnr(frame, picture, 2.0)):.1f} dB"))
+            errors.append((abs(picture - frame).mean(-1) / 0.1 - 1, ""))
         rows += [pictures, errors]
     return {}, {"fit": rows}
 
 
 # The changes of each variant. Table 3 does not give the numbers of blocks "before" and "after" more of them are moved
-# to the middle; ours are eight in all. Only the ablation of distillation has a teacher. Table 1 is of a video.
+# to the middle; ours are eight in all. Only the ablation of distillation has a teacher.
 ABLATIONS = {
     "compression": [{"compression": c, "teacher": "none"} for c in (0.5, 1.0, 2.0, 4.0)],               # Table 2
     "activation": [{"activation": name, "teacher": "none"} for name in ("relu", "gelu")],               # section 3.1
@@ -690,7 +749,10 @@ ABLATIONS = {
     "distillation": [{"teacher": "none"}, {"teacher": "train"},
                      {"teacher": "train", "feature_weight": 0.0, "logits_weight": 1.0}],
 }
-FIT_ABLATIONS = {"architecture": [{"hybrid": name, "alone": True} for name in ("mlp", "front", "post", "interleaved")]}
+FIT_ABLATIONS = {
+    "architecture": [{"hybrid": name} for name in ("mlp", "front", "post", "interleaved")],             # Table 1
+    "activation": [{"activation": name} for name in ("relu", "gelu")],
+}
 TASKS = {
     "classify": types.SimpleNamespace(presets=PRESETS, hyperparameters=HYPERPARAMETERS, build=build, report=report,
                                       ablations=ABLATIONS),

@@ -42,8 +42,8 @@ RUNS = {
     "hyperinr": ["--method", "hyperinr", "--dim", "8", "--depth", "1", "--encoder-width", "2", "--latent-dim", "16",
                  "--classifier", "latent", "--classifier-epochs", "1", *SMALL],
     "inrn": ["--method", "inrn", "--widths", "8,8,12,16", "--blocks", "1,1,2,1", "--teacher-epochs", "1", *SMALL],
-    "fit": ["--method", "inrn", "--task", "fit", "--image-size", "24", "--width", "8", "--blocks", "1", "--features",
-            "6", "--epochs", "2", "--batch-size", "16", "--save-every", "5"],
+    "fit": ["--method", "inrn", "--task", "fit", "--image-size", "24", "--parameters", "3000", "--blocks", "1",
+            "--compare", "--epochs", "2", "--batch-size", "16", "--save-every", "5"],
 }
 
 
@@ -513,6 +513,13 @@ def test_inpainting_keeps_known_pixels_and_ignores_the_hole(per_image):
 # ---- inrn.py ----
 
 
+def shuffled(x, scale):
+    """(N, H, W, scale² C) -> (N, scale H, scale W, C): the first C channels are the first pixel of the first row."""
+    count, height, width, channels = x.shape
+    x = x.reshape(count, height, width, scale, scale, channels // scale**2).transpose(2, 3)
+    return x.reshape(count, scale * height, scale * width, -1)
+
+
 def plain_block(block, x, activation):
     """An INReBlock, from the description of its arguments."""
     config = block.config
@@ -521,12 +528,25 @@ def plain_block(block, x, activation):
     if config["hybrid"] == "mlp" and stride > 1:
         x = functional.avg_pool2d(x.permute(0, 3, 1, 2), stride, ceil_mode=True, count_include_pad=False)
         x = x.permute(0, 2, 3, 1)
-    y = plain_norm(block.norm, x)
-    for kind, layer in zip(order[config["hybrid"]], block.steps, strict=True):
+    y, kinds, scale = plain_norm(block.norm, x), order[config["hybrid"]], config["upscale"]
+    for kind, layer in zip(kinds, block.steps, strict=True):
         y = y if layer is block.steps[0] else activation(y)
         y = plain_dense(layer, y) if kind == "d" else plain_convolution(layer, y, stride)
+        y = shuffled(y, scale) if layer is block.steps[1 if kinds == "dcd" else -1] else y
+    if scale > 1:
+        return y + shuffled(plain_dense(block.shortcut, x), scale)
     shortcut = plain_dense if config["hybrid"] == "mlp" else functools.partial(plain_convolution, stride=stride)
     return y + (x if x.shape == y.shape else shortcut(block.shortcut, x))
+
+
+@pytest.mark.parametrize("hybrid, parameters", [
+    ("mlp", 8 * 3 + 3 + 3 * 24 + 24), ("front", 72 * 6 + 6 + 6 * 3 + 3 + 3 * 24 + 24),
+    ("post", 8 * 3 + 3 + 3 * 6 + 6 + 54 * 24 + 24), ("interleaved", 8 * 3 + 3 + 27 * 12 + 12 + 3 * 6 + 6)])
+def test_a_block_that_doubles_the_resolution(hybrid, parameters):
+    block, x = inrn.INReBlock(8, 6, 2.0, 1, "gelu", hybrid, upscale=2), random_batch(2, 5, 8)[0]
+    assert block.count_params() == parameters + (8 * 24 + 24) + 2 * 8
+    stirred(block, 0.2)
+    torch.testing.assert_close(block(x), plain_block(block, x, functional.gelu), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("hybrid", ["interleaved", "front", "post", "mlp"])
@@ -563,49 +583,78 @@ def plain_ssim(a, b):
             / ((mean_x**2 + mean_y**2 + 4e-4) * (variances + 36e-4))).mean()
 
 
-@pytest.mark.parametrize("time", [False, True])
-def test_the_networks_of_a_fit_equal_plain_pytorch(time):
-    arguments = dict(time=time, width=8, blocks=2, features=5, patch=2)
-    times = torch.tensor([-0.5, 0.5, 1.0])
-    models = {network: stirred(inrn.PictureFit(network, **arguments), 0.05) for network in ("inrn", "siren", "relu")}
-    for name, model in models.items():
-        pictures = model(times, size=(7, 10))
-        size = (4, 5) if name == "inrn" else (7, 10)
-        axes = [(torch.arange(side) + 0.5) / side * 2 - 1 for side in size]  # centres of cells
-        x = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).expand(3, *size, 2)
-        if time:
-            x = torch.cat([x, times.reshape(3, 1, 1, 1).expand(3, *size, 1)], -1)
-        if name == "siren":
-            *sines, last = model.network
-            for layer in sines:
-                x = torch.sin(30 * plain_dense(layer, x))
-        else:
-            features, first, *middle, last = model.network
-            angles = (x * torch.tensor([15.0, 15.0, 3.0][:x.shape[-1]])) @ features.directions.value
-            x = plain_dense(first, torch.cat([angles.sin(), angles.cos()], -1))
-            x = x.relu() if name == "relu" else x
-            for layer in middle:
-                x = plain_block(layer, x, functional.gelu) if name == "inrn" else plain_dense(layer, x).relu()
-        expected = plain_dense(last, x)
-        if name == "inrn":  # each coordinate has two by two pixels, row by row
-            expected = expected.reshape(3, 4, 5, 2, 2, 3).transpose(2, 3).reshape(3, 8, 10, 3)[:, :7]
-        torch.testing.assert_close(pictures, expected, rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(model.render(times, 7, 10), expected.detach().clip(-1, 1).numpy(), atol=1e-4)
+def plain_features(model, x):
+    """Features of a picture or a video from times: (1 or N, h, w, channels), and the layers after them."""
+    maps, *layers = model.network
+    if isinstance(maps, inrn.LearnedMaps):
+        size = maps.maps[0].shape[1:3]
+        x = [functional.interpolate(v.value.permute(0, 3, 1, 2), size=size, mode="bilinear") for v in maps.maps]
+        return plain_dense(layers[0], torch.cat(x, 1).permute(0, 2, 3, 1)), layers[1:]
+    angles = x[:, None] * math.pi * 1.25 ** torch.arange(16)
+    first, second, _, *layers = layers
+    x = plain_dense(second, functional.gelu(plain_dense(first, torch.cat([angles.sin(), angles.cos()], -1))))
+    return x.reshape(len(x), 2, 3, 12), layers
 
 
-def test_compared_networks_have_as_many_parameters_as_inrn():
-    models = {network: inrn.PictureFit(network) for network in ("inrn", "siren", "relu")}
-    for network in ("siren", "relu"):
-        assert 0.95 < models[network].count_params() / models["inrn"].count_params() <= 1
-    first, second, *_ = models["siren"].network
+@pytest.mark.parametrize("time, parameters, scales", [(False, 1000, [2, 1, 1]), (True, 8000, [2] * 5)])
+def test_inrn_draws_like_plain_pytorch(time, parameters, scales):
+    """Pictures from maps at three resolutions, frames from their time, both with blocks that double the resolution."""
+    model, times = stirred(inrn.PictureFit("inrn", (60, 90), time, parameters), 0.02), torch.tensor([-0.5, 0.5, 1.0])
+    x, (*layers, last) = plain_features(model, times)
+    blocks = [layer for layer in layers if isinstance(layer, inrn.INReBlock)]
+    assert [block.config["upscale"] for block in blocks] == scales
+    assert len(layers) == len(blocks) + (4 if time else 0)  # a video: maps before each block but the last
+    for layer in layers:
+        if layer in blocks:
+            x = plain_block(layer, x, functional.gelu)
+        else:  # all frames share a map of the same resolution
+            x = torch.cat([x, layer.maps[0].value.expand(len(x), -1, -1, -1)], -1)
+    expected = shuffled(plain_dense(last, x), 1 if time else 4)[:, :60, :90].expand(3, -1, -1, -1)
+    torch.testing.assert_close(model(times), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(model.render(times, 60, 90), expected.detach().clip(-1, 1).numpy(), atol=1e-4)
+    larger = functional.interpolate(expected.permute(0, 3, 1, 2), size=(120, 150), mode="bicubic", antialias=True)
+    np.testing.assert_allclose(model.render(times, 120, 150), larger.permute(0, 2, 3, 1).detach().clip(-1, 1), atol=1e-4)
+
+
+@pytest.mark.parametrize("network", ["siren", "relu", "nerv"])
+def test_the_networks_compared_with_inrn_equal_plain_pytorch(network):
+    video, times, size = network == "nerv", torch.tensor([-0.5, 0.5, 1.0]), (60, 90)
+    model = stirred(inrn.PictureFit(network, size, video, 8000), 0.02)
+    axes = [(torch.arange(side) + 0.5) / side * 2 - 1 for side in size]  # centres of pixels
+    x = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)[None]
+    _, *layers, last = model.network
+    if network == "siren":
+        for layer in layers:
+            x = torch.sin(30 * plain_dense(layer, x))
+    elif network == "relu":
+        angles = x @ layers[0].kernel.value
+        x = torch.cat([angles.sin(), angles.cos()], -1)
+        for layer in layers[2:]:
+            x = plain_dense(layer, x).relu()
+    else:
+        x, layers = plain_features(model, times)
+        for layer in layers[:-1:2]:
+            x = functional.gelu(shuffled(plain_convolution(layer, x), 2))
+    expected = (plain_convolution(last, x)[:, :60, :90] if video else plain_dense(last, x)).expand(3, -1, -1, -1)
+    torch.testing.assert_close(model(times), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_networks_have_the_largest_width_that_their_parameters_allow():
+    cases = (("inrn", False, 1, 1), ("siren", False, 1, 1), ("relu", False, 3, 1), ("nerv", True, 4, 4))
+    for network, time, layer, factor in cases:
+        model = inrn.PictureFit(network, (90, 160), time, 20_000)
+        width = model.network[layer].kernel.shape[-1] // factor
+        same, larger = (inrn.PictureFit(network, (90, 160), time, 20_000, width + i) for i in (0, 1))
+        assert 17_000 < model.count_params() == same.count_params() <= 20_000 < larger.count_params()
+    _, first, second, *_ = inrn.PictureFit("siren").network
     for layer, limit in ((first, 1 / 2), (second, math.sqrt(6 / second.kernel.shape[0]) / 30)):
         assert 0.98 * limit < layer.kernel.value.abs().max() <= limit
 
 
 def test_a_fit_trains_like_pytorch():
     """Equation 1, Adam with beta_2 0.9 and cosine decay to 0."""
-    frames, times = random_batch(2, 12, 3)[0], torch.tensor([-1.0, 1.0])
-    model = stirred(inrn.PictureFit(time=True, width=8, blocks=1, features=4, alpha=0.6))
+    frames, times = random_batch(1, 12, 3)[0], torch.zeros(1)
+    model = stirred(inrn.PictureFit(size=(12, 12), parameters=500, alpha=0.6))
     model.compile(total_steps=4, rate=1e-3)
     copy = copy_of(model)
     optimizer = torch.optim.Adam([variable.value for variable in copy.trainable_variables], betas=(0.9, 0.9), eps=1e-14)
@@ -613,7 +662,7 @@ def test_a_fit_trains_like_pytorch():
 
     def losses(step):
         optimizer.param_groups[0]["lr"] = 1e-3 * (1 + math.cos(math.pi * step / 4)) / 2
-        pictures = copy(times, size=(12, 12))
+        pictures = copy(times)
         ssim = torch.stack([plain_ssim(*pair) for pair in zip(pictures, frames)]).mean()
         return {0: 0.6 * ((pictures - frames) ** 2).mean() + 0.4 * (1 - ssim)}
 
@@ -624,7 +673,7 @@ def test_a_fit_trains_like_pytorch():
 def test_a_small_picture_is_fitted():
     keras.utils.set_random_seed(0)
     picture = data.scale(data.shapes_mosaic(32))[None]
-    model = inrn.PictureFit(width=32, blocks=3, features=64, feature_scale=8.0)
+    model = inrn.PictureFit(size=(32, 32), parameters=4000)
     model.compile(total_steps=200)
     model.fit(np.repeat(picture, 20, axis=0), np.zeros(20), batch_size=1, epochs=10, verbose=0)
     metrics = model.evaluate(picture, np.zeros(1), verbose=0, return_dict=True)
@@ -774,7 +823,8 @@ def test_wrong_arguments_and_inputs():
                                    lambda: small_mwt(images, inner_steps_test=7)]}
     cases["at least 1"] = [
         lambda: mwt.MWT(inner_steps=0), lambda: mwt.MWT(depth=0), lambda: inrn.INRN(num_classes=0),
-        lambda: inrn.PictureFit(width=0)]
+        lambda: inrn.PictureFit(blocks=0)]
+    cases["too few"], cases["for a video"] = [lambda: inrn.PictureFit(parameters=300)], [lambda: inrn.PictureFit("nerv")]
     cases[r"\(N, H, W, 3\)"] = [lambda: siren(grey), lambda: siren.fit(grey, labels, verbose=0), lambda: network(grey),
                                 lambda: hyper(grey), lambda: hyper.inpaint(grey, hole)]
     cases[r"boolean, of shape \(8, 8\) or \(5, 8, 8\)"] = [
@@ -1022,16 +1072,23 @@ def test_frames_are_read_from_files_or_drawn(tmp_path):
     Image.fromarray(picture).save(tmp_path / "b.png")
     Image.fromarray(255 - picture).save(tmp_path / "a.bmp")
     (tmp_path / "c.txt").write_text("no picture")
-    assert np.array_equal(data.read_frames(tmp_path / "b.png", 100), picture[None])  # never scaled up
-    assert data.read_frames(tmp_path / "b.png", 15).shape == (1, 10, 15, 3)
-    assert np.array_equal(data.read_frames(tmp_path, 30), [255 - picture, picture])
+
+    def frames_of(path, longest):
+        count, shape, read = data.open_frames(path, longest)
+        frames = read(np.arange(count))
+        assert frames.shape == (count, *shape) and np.array_equal(read(np.array([count - 1])), frames[-1:])
+        return frames
+
+    assert np.array_equal(frames_of(tmp_path / "b.png", 100), picture[None])  # never scaled up
+    assert frames_of(tmp_path / "b.png", 15).shape == (1, 10, 15, 3)
+    assert np.array_equal(frames_of(tmp_path, 30), [255 - picture, picture])
     dataset = data.load_frames(tmp_path, image_size=30)
     assert (len(dataset.train), len(dataset.test), dataset.image_shape) == (200, 2, (20, 30, 3))
     assert dataset.train[np.array([0, 1, 198])][1].tolist() == [-1, 1, -1]
     Image.fromarray(picture[:10, :, 0]).save(tmp_path / "grey.png")
-    assert np.array_equal(data.read_frames(tmp_path / "grey.png", 30)[0], picture[:10, :, :1].repeat(3, -1))
+    assert np.array_equal(frames_of(tmp_path / "grey.png", 30)[0], picture[:10, :, :1].repeat(3, -1))
     with pytest.raises(data.DataError, match="30×10"):
-        data.read_frames(tmp_path, 30)
+        data.open_frames(tmp_path, 30)
     mosaic, frames = data.shapes_mosaic(64, seed=2), data.shapes_video(16, 5, seed=2)
     tiles = mosaic.reshape(4, 16, 4, 16, 3).swapaxes(1, 2).reshape(16, 16, 16, 3)
     assert np.array_equal(tiles, data.shapes(range(16), 16, channels=3, seed=2)[0])
@@ -1288,7 +1345,7 @@ with mode:
         assert len(reads) <= 1
         model.test_step(batch)
         method.report({method.__name__: getattr(model, "student", model)}, images, labels, tuple("0123456789"), None)
-    fits = inrn.PictureFit(width=8, blocks=1, features=4)
+    fits = inrn.PictureFit(size=(12, 12), parameters=2000)
     fits.compile(9)
     reads.clear()
     fits.train_step(train.to_tensors((np.zeros((1, 12, 12, 3), "float32"), np.zeros(1, "float32"))))
@@ -1422,12 +1479,13 @@ def test_fitting_files(tmp_path, monkeypatch):
     for i in (2, 0, 1):
         Image.fromarray(frames[i]).save(tmp_path / "frames" / f"{i}.png")
     monkeypatch.chdir(tmp_path)
-    assert run("fit", folder, "--alone", "--dataset", "frames", "--image-size", 12, "--epochs", 8) == 0
+    assert run("fit", folder, "--no-compare", "--dataset", "frames", "--image-size", 12, "--parameters",
+               6000, "--epochs", 8) == 0
     monkeypatch.chdir(HERE)
     assert train.main(["--evaluate", str(folder)]) == 0
     assert not (folder / "siren").exists() and train.read_config(folder)["image_shape"] == [12, 12, 3]
     pictures = keras.saving.load_model(folder / "model.keras").render([-1.0, 0.0, 1.0], 12, 12)
-    truth = data.scale(data.read_frames(tmp_path / "frames", 12))
+    truth = data.scale(data.open_frames(tmp_path / "frames", 12)[2](np.arange(3)))
     assert (((pictures[:, None] - truth) ** 2).mean((2, 3, 4)).argmin(1) == range(3)).all()  # each time shows its frame
 
 
@@ -1493,7 +1551,7 @@ BAD_OPTIONS = [
         ("--classifier cnn", "pretrained"), ("--final-rate 2", "between 0 and 1"),
         ("--inner-steps 6", "--inner-steps"), ("--final-rate 2", "between 0 and 1")]],
     *[(f"--method inrn {arguments}", hint) for arguments, hint in [
-        ("--widths 8,8", "four whole numbers"), ("--blocks 1,2,0,1", "four whole numbers"), ("--alone", "--alone"),
+        ("--widths 8,8", "four whole numbers"), ("--blocks 1,2,0,1", "four whole numbers"), ("--compare", "--compare"),
         ("--activation tanh", "relu"), ("--compile", "--compile"), ("--compression 0", "compression"),
         ("--ablate all", "stages"), ("--teacher no/such.keras", "no/such.keras"), ("--hybrid both", "interleaved"),
         ("--teacher-layers a,b", "stage1"), ("--ablate activation --limit 9", "--limit")]],

@@ -118,7 +118,7 @@ def parse(arguments):
     add("--seed", type=number(int, 0), default=0, help="of weights, data order, augmentation and shapes (default: 0)")
     add("--limit", type=number(int, 1), help="largest number of training images (default: all)")
     add("--validation-images", type=number(int, 0), help="training images held out for validation (default: 2000)")
-    add("--image-size", type=number(int, 8), help="scale and crop images to this size; frames: longest side (256)")
+    add("--image-size", type=number(int, 8), help="scale and crop images to this size; frames: longest side (320)")
     add("--squash", action="store_true", help="scale images without keeping their aspect ratio, instead of cropping")
     add("--augment", action="store_true", help="shift images at random, and mirror them unless they show characters; "
         "rotate and scale images of 128×128 and more")
@@ -578,8 +578,9 @@ def report(options, task, dataset, folder, target):
         print(f"{name}: {', '.join(shown)} on {len(dataset.test):,} examples; {model.count_params():,} parameters")
     if RANK:
         return results
-    most = 1000 if dataset.validation else min(1000, max(8, 2**20 // math.prod(dataset.image_shape[:2])))
-    images, labels = dataset.test.examples(np.arange(min(most, len(dataset.test))))
+    count = min(len(dataset.test), 1000, max(8, 2**20 // math.prod(dataset.image_shape[:2])))
+    shown = np.linspace(0, len(dataset.test) - 1, 3, dtype=int) if dataset.validation else np.arange(count)
+    images, labels = dataset.test.examples(np.unique(shown))
     further, figures = task.report(models, images, labels, dataset.class_names, dataset.finer)
     for name, values in further.items():
         print(f"{name}: " + ", ".join(f"{what} {value:.4g}" for what, value in values.items()))
