@@ -120,7 +120,9 @@ def load_frames(name, data_dir=None, image_size=None, seed=0, points=None, squas
         count, shape, read = open_frames(name, image_size or 320)
     times = np.linspace(-1, 1, count, dtype=np.float32) if count > 1 else np.zeros(1, np.float32)
     every = Split(count, lambda indices: (read(indices), times[indices]))
-    return Dataset(Split(count * -(-200 // count), every.read, count), every, shape, validation=every)
+    train = Split(count * -(-200 // count), every.read, count)
+    train.kept = every.kept
+    return Dataset(train, every, shape, validation=every)
 
 
 LOADERS = {"classify": load, "fit": load_frames}  # by task
@@ -333,17 +335,15 @@ def read_image(path, height, width, channels, squash=False):
 def open_frames(path, longest):
     """An image file, or a folder's image files in the order of their names, as a video: number of frames, their shape
     (H, W, 3), and a function from indices (n,) to frames `uint8` (n, H, W, 3), which reads them from the files. They
-    are scaled down if a side exceeds `longest`. Reads every file once, to compare their sizes. Raises DataError for no
-    images, incomplete images and images of different sizes."""
+    are scaled down if a side exceeds `longest`. Reads every file at first, to compare their sizes. Raises DataError for
+    no images, incomplete images and images of different sizes."""
     from PIL import Image
 
-    def read(file):
-        def shrink(picture):
-            picture.thumbnail((longest, longest))
-            return np.asarray(picture)
+    def shrink(picture):
+        picture.thumbnail((longest, longest))
+        return np.asarray(picture)
 
-        return _read(file, "RGB", shrink)
-
+    read = functools.partial(_read, mode="RGB", finish=shrink)
     Image.init()
     paths = [path]
     if os.path.isdir(path):

@@ -1,8 +1,9 @@
-"""INRN: blocks that compress and expand fit a picture from its coordinates, or classify images with a teacher's help.
+"""INRN: blocks that compress and expand draw a picture or a video, or classify images with a teacher's help.
 
 Song, Zhou & Ma ("Rethinking Implicit Neural Representations for Vision Learners") define an implicit neural
-representation as a network from a fixed domain to a fixed range: from the points of a picture to colours, or from the
-images of a dataset to classes. Both use the same block, INRe. A single stage of blocks fits a picture (equation 1).
+representation as a network from a fixed domain to a fixed range: from the points of a picture or the times of a video to
+colours, or from the images of a dataset to classes. All use the same block, INRe. One stage of blocks fits a picture or a
+video (equation 1).
 Four stages classify images; they learn from labels and from the layers of a teacher (equations 2 to 4).
 
     single stage   learned maps (1, h, w, D), or for a video time t (N,) -> dense -> (N, h, w, D)
@@ -49,7 +50,7 @@ picture = np.random.uniform(-1, 1, (1, 32, 32, 3)).astype("float32")
 model = inrn.PictureFit(size=(32, 32), parameters=600)
 model.compile(total_steps=20)
 model.fit(picture, np.zeros(1), epochs=20)                            # a single picture has time 0
-print(model.render(times=[0.0], height=64, width=64).shape)           # twice as fine: (1, 64, 64, 3)
+print(model.render(times=[0.0], height=64, width=64).shape)           # interpolated: (1, 64, 64, 3)
 ```
 """
 
@@ -101,10 +102,10 @@ PRESETS = {
 }
 # Hyperparameters of fitting a picture or a video. All values are ours.
 FIT_HYPERPARAMETERS = {
-    "compare": (False, "also fit networks of at most as many parameters: a SIREN and a ReLU MLP, or for a video NeRV"),
+    "compare": (False, "also fit networks of at most as many parameters: a SIREN and a ReLU MLP; for a video NeRV's blocks"),
     "parameters": (40_000, "largest number of parameters; it determines the maps' size and the blocks' width"),
     "width": (0, "width of the blocks, whatever the number of parameters (0: the largest that it allows)"),
-    "blocks": (3, "number of blocks; more if the resolution has to be doubled more often"),
+    "blocks": (3, "number of blocks for a picture; a video has one for each doubling of the resolution"),
     "compression": (2.0, HYPERPARAMETERS["compression"][1]),
     **{name: HYPERPARAMETERS[name] for name in ("activation", "hybrid")},
     "alpha": (0.7, "weight of the squared error in the loss; 1 - SSIM has weight 1 - alpha"),
@@ -112,7 +113,7 @@ FIT_HYPERPARAMETERS = {
     "siren_rate": (1e-3, "initial learning rate of the SIREN"),
     "relu_rate": (3e-3, "initial learning rate of the ReLU MLP"),
     "batch_size": (4, "frames per training step"),
-    "epochs": (20, "number of epochs; an epoch shows at least 200 frames, each as often as the others"),
+    "epochs": (20, "number of epochs; an epoch shows each frame equally often, and about 200 or more in all"),
 }
 FIT_QUICK = {name: value for name, (value, _) in FIT_HYPERPARAMETERS.items()}
 FIT_PRESETS = {"quick": FIT_QUICK, "video": FIT_QUICK | dict(parameters=200_000, rate=2e-2)}
@@ -123,7 +124,7 @@ FIT_PRESETS = {"quick": FIT_QUICK, "video": FIT_QUICK | dict(parameters=200_000,
 
 def built(kind, inputs, outputs, initializer=None, **options):
     """A Keras layer of class `kind`, built for (N, H, W, inputs). The default initializer is U(±1 / sqrt(inputs)), a
-    third of the variance that preserves the signal's; it improves fits of pictures by 2 dB."""
+    third of the variance that preserves the signal's."""
     initializer = initializer or keras.initializers.VarianceScaling(1 / 3, "fan_in", "uniform")
     layer = kind(outputs, kernel_initializer=initializer, **options)
     layer.build((None, None, None, inputs))
@@ -147,9 +148,9 @@ class INReBlock(keras.layers.Layer):
     added: the identity if the shape does not change, otherwise a strided convolution (a dense layer with "mlp"). The
     last layer starts at zero, so a new block equals its shortcut. Normalization and shortcut are ours.
 
-    upscale: s; above 1 the block returns (N, s H, s W, width) and has no stride. The convolution, or the MLP's last
-    layer if that comes after it, and a dense layer as the shortcut have s² times the channels, which become pixels; no
-    layer starts at zero.
+    upscale: s; above 1 the block returns (N, s H, s W, width) and has no stride. The convolution if it is between the
+    MLP's layers, otherwise the last layer, and a dense layer as the shortcut have s² times the channels, which become
+    pixels; no layer starts at zero.
     compression: c; the MLP's hidden width is width / c. At 1 the block is flat; below 1 it expands first.
     activation: "gelu" (exact, not approximated) or "relu".
     hybrid (Table 1): "interleaved": the convolution has the narrower width, between the layers or, for c < 1, before
@@ -229,55 +230,58 @@ def sines_and_cosines(angles):
 
 
 def single_stage(size, time, parameters, width, blocks, compression, activation, hybrid, nerv=False):
-    """Layers of INRN: times (N,) -> colours (1, H/p, W/p, 3p²) of a picture or, with `time`, (N, H, W, 3) of a video.
+    """Layers of INRN: times (N,) -> colours (1, H/p, W/p, 3p²) of a picture or, with `time`, (N, H, W, 3) of a video. H
+    and W are the size, rounded up to whole cells: a position of the first features stands for a cell of pixels.
 
-    The features start with one position for a cell of pixels. Blocks double their resolution, each with 0.8 times the
-    width of the last. On a picture half of the parameters are learned maps; further blocks keep the resolution, and the
-    last layer draws p² pixels for each position (p ≤ 4). On a video two dense layers compute the features from sines
-    and cosines of the time, and two learned channels are appended before each block but the last. nerv: the blocks are
-    NeRV's (Chen et al., NeurIPS 2021): a 3×3 convolution, GELU, `depth_to_space`; its last layer is a convolution."""
-    positions = parameters / (1920 if time else 7)
-    cell = 2 ** max(0, round(math.log2(math.prod(size) / positions) / 2))
+    Blocks double the resolution, each with 0.8 times the width of the last. The features of a picture are learned maps,
+    with about half of the parameters; further blocks keep the resolution, and the last layer draws p² pixels for each
+    position (p ≤ 4). Those of a video are computed from sines and cosines of the time by two dense layers, and blocks of
+    low resolution get two more channels, learned maps. nerv: the blocks are NeRV's (Chen et al., NeurIPS 2021), a 3×3
+    convolution, GELU and `depth_to_space`, without maps; the last layer is a convolution."""
+    linear, conv = functools.partial(dense, dtype="float32"), functools.partial(convolution, dtype="float32")
+    positions = parameters / (1920 if time else 7)  # of the 12 × 32 weights or 7/4 × 2 channels for each
+    cell = 2 ** max(int(time), round(math.log2(math.prod(size) / positions) / 2))
     grid, patch = [-(-side // cell) for side in size], 1 if time else min(cell, 4)
     if time:
-        inputs, shape = 12, (*grid, 12)  # few channels, and few inputs of the dense layer with the many outputs
+        inputs, shape = 12, (*grid, 12)
         layers = [lambda times: sines_and_cosines(times[:, None] * (math.pi * 1.25 ** ops.arange(16, dtype="float32"))),
-                  dense(32, 32, activation="gelu", dtype="float32"), dense(32, math.prod(shape), dtype="float32"),
+                  linear(32, 32, activation="gelu"), linear(32, math.prod(shape)),
                   lambda x: ops.reshape(x, (-1, *shape))]
     else:
         inputs, channels = width, max(1, round(parameters / 3.5 / math.prod(grid)))
-        layers = [LearnedMaps(*grid, channels, (1, 2, 4), dtype="float32"), dense(7 * channels, width, dtype="float32")]
+        layers = [LearnedMaps(*grid, channels, (1, 2, 4), dtype="float32"), linear(7 * channels, width)]
     doublings = round(math.log2(cell / patch))
     for number in range(doublings if time else max(blocks, doublings + 1)):
-        double = number < doublings
+        double, (height, breadth) = number < doublings, (side * 2**number for side in grid)
         if nerv:
-            layers += [convolution(inputs, 4 * width, activation="gelu", dtype="float32"), lambda x: pixels(x, 2)]
+            layers += [conv(inputs, 4 * width, activation="gelu"), lambda x: pixels(x, 2)]
         else:
-            if time and number < doublings - 1:
-                layers.append(LearnedMaps(*(side * 2**number for side in grid), 2, (1,), dtype="float32"))
+            if time and number < doublings - 1 and 2 * height * breadth <= parameters / 10:
+                layers.append(LearnedMaps(height, breadth, 2, (1,), dtype="float32"))
                 inputs += 2
             layers.append(INReBlock(inputs, width, compression, 1, activation, hybrid, 1 + double, dtype="float32"))
         inputs, width = width, max(math.ceil(compression), round(0.8 * width)) if double else width
-    return [*layers, (convolution if nerv else dense)(inputs, 3 * patch**2, dtype="float32")]
+    return [*layers, (conv if nerv else linear)(inputs, 3 * patch**2)]
 
 
 def coordinate_network(size, width, siren):
-    """Layers of a network with three hidden layers: times -> coordinates (1, H, W, 2), the centres of H × W cells that
+    """Layers of a network with four hidden layers: times -> coordinates (1, H, W, 2), the centres of H × W cells that
     fill [-1, 1]² -> colours (1, H, W, 3). A SIREN (Sitzmann et al., NeurIPS 2020; omega 30), or an MLP with ReLU on
     random Fourier features (Tancik et al., NeurIPS 2020)."""
-    axes = [(ops.arange(side, dtype="float32") + 0.5) * (2 / side) - 1 for side in size]
-    layers, inputs = [lambda times: ops.stack(ops.meshgrid(*axes, indexing="ij"), axis=-1)[None]], 2
+    def coordinates(times):
+        axes = [(ops.arange(side, dtype="float32") + 0.5) * (2 / side) - 1 for side in size]
+        return ops.stack(ops.meshgrid(*axes, indexing="ij"), axis=-1)[None]
+
+    layers, inputs = [coordinates], 2
     if not siren:
-        layers += [dense(2, 128, keras.initializers.RandomNormal(stddev=15.0), use_bias=False, trainable=False,
-                         dtype="float32"), sines_and_cosines]
+        layers.append(dense(2, 128, keras.initializers.RandomNormal(stddev=15.0), use_bias=False, trainable=False,
+                            activation=sines_and_cosines, dtype="float32"))
         inputs = 256
     for number, (before, after) in enumerate(zip([inputs] + [width] * 4, [width] * 4 + [3])):
-        if siren:
-            limit = (6 / before) ** 0.5 / 30 if number else 1 / before
-            start, activation = keras.initializers.RandomUniform(-limit, limit), lambda x: ops.sin(30.0 * x)
-        else:
-            start, activation = "he_normal" if number < 4 else None, "relu"
-        layers.append(dense(before, after, start, activation=activation if number < 4 else None, dtype="float32"))
+        limit = (6 / before) ** 0.5 / 30 if number else 1 / before
+        start = keras.initializers.RandomUniform(-limit, limit) if siren else "he_normal" if number < 4 else None
+        activation = None if number == 4 else (lambda x: ops.sin(30.0 * x)) if siren else "relu"
+        layers.append(dense(before, after, start, activation=activation, dtype="float32"))
     return layers
 
 
@@ -290,8 +294,9 @@ def similarity(pictures, others):
     window = ops.broadcast_to(ops.reshape(window / ops.sum(window), (1, side, 1, 1)), (1, side, 15, 1))
     x, y = pictures + 1, others + 1                                                # intensities from 0 to 2
     moments = ops.concatenate([x, y, x * x, y * y, x * y], axis=-1)                # (N, H, W, 15)
-    for kernel in (window, ops.transpose(window, (1, 0, 2, 3))):
-        moments = ops.depthwise_conv(moments, kernel, data_format="channels_last")
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):               # variances need all digits
+        for kernel in (window, ops.transpose(window, (1, 0, 2, 3))):
+            moments = ops.depthwise_conv(moments, kernel, data_format="channels_last")
     x, y, xx, yy, xy = ops.split(moments, 5, axis=-1)                              # local means
     similar = (2 * x * y + 4e-4) * (2 * (xy - x * y) + 36e-4)                      # 0.01² and 0.03² of the range, 2
     return ops.mean(similar / ((x * x + y * y + 4e-4) * (xx - x * x + yy - y * y + 36e-4)), axis=(1, 2, 3))
@@ -336,13 +341,14 @@ class PictureFit(keras.Model):
                                 network == "nerv")
 
         def count(width):
-            return sum(layer.count_params() for layer in layers(width) if isinstance(layer, keras.Layer))
+            with keras.device("meta"):  # without memory for the weights
+                return sum(layer.count_params() for layer in layers(width) if isinstance(layer, keras.Layer))
 
         if not width:
-            widths = range(max(1, math.ceil(compression)), math.isqrt(parameters) + 2)
+            widths = range(max(1, math.ceil(compression)), parameters + 1)
             fitting = bisect.bisect(widths, parameters, key=count)
             if not fitting:
-                raise ValueError(f"{parameters} parameters are too few for {network} on pictures of this size")
+                raise ValueError(f"{parameters} parameters are too few for {network}: use more, or smaller pictures")
             width = widths[fitting - 1]
         self.network = layers(width)  # assigned once: Keras would also keep the layers of an earlier value
         self.trackers = [keras.metrics.Mean(name=name) for name in ("loss", "psnr", "ssim")]
@@ -379,6 +385,8 @@ class PictureFit(keras.Model):
         frames, times, _ = keras.utils.unpack_x_y_sample_weight(data)
         frames, times = (frames, times) if self.time else (frames[:1], times[:1])  # copies of one picture
         pictures = self(times)
+        if pictures.shape != frames.shape:
+            raise ValueError(f"frames must be (N, {self.size[0]}, {self.size[1]}, 3); got {tuple(frames.shape)}")
         loss, squared, ssim = fitting_loss(pictures if training else ops.clip(pictures, -1, 1), frames, self.alpha)
         with torch.no_grad():
             for tracker, values in zip(self.trackers, (loss, 10 * ops.log10(4 / squared), ssim)):
@@ -715,12 +723,12 @@ def build_fits(options, dataset, steps_per_epoch):
     """The models of a fit: INRN and, with options.compare, the networks to compare it with."""
     if options.compile or keras.config.dtype_policy().name != "float32":
         raise ValueError("fits use float32 and have no separate INR to compile: leave out --precision and --compile")
-    models = []
-    time = len(dataset.test) > 1
+    time, models, budget, width = len(dataset.test) > 1, [], options.parameters, options.width
     for network in ("inrn", *(["nerv"] if time else ["siren", "relu"])) if options.compare else ("inrn",):
         keras.utils.set_random_seed(options.seed)  # the same initial weights beside other networks
-        model = PictureFit(network, dataset.image_shape[:2], time, options.parameters, options.width, options.blocks,
-                           options.compression, options.activation, options.hybrid, options.alpha)
+        model = PictureFit(network, dataset.image_shape[:2], time, budget, width, options.blocks, options.compression,
+                           options.activation, options.hybrid, options.alpha)
+        budget, width = (budget if models else model.count_params()), 0
         model.compile(options.epochs * steps_per_epoch,
                       {"siren": options.siren_rate, "relu": options.relu_rate}.get(network, options.rate))
         models.append(("" if network == "inrn" else network, model, options.epochs))

@@ -629,7 +629,7 @@ def test_the_networks_compared_with_inrn_equal_plain_pytorch(network):
     elif network == "relu":
         angles = x @ layers[0].kernel.value
         x = torch.cat([angles.sin(), angles.cos()], -1)
-        for layer in layers[2:]:
+        for layer in layers[1:]:
             x = plain_dense(layer, x).relu()
     else:
         x, layers = plain_features(model, times)
@@ -640,7 +640,7 @@ def test_the_networks_compared_with_inrn_equal_plain_pytorch(network):
 
 
 def test_networks_have_the_largest_width_that_their_parameters_allow():
-    cases = (("inrn", False, 1, 1), ("siren", False, 1, 1), ("relu", False, 3, 1), ("nerv", True, 4, 4))
+    cases = (("inrn", False, 1, 1), ("siren", False, 1, 1), ("relu", False, 2, 1), ("nerv", True, 4, 4))
     for network, time, layer, factor in cases:
         model = inrn.PictureFit(network, (90, 160), time, 20_000)
         width = model.network[layer].kernel.shape[-1] // factor
@@ -1487,6 +1487,17 @@ def test_fitting_files(tmp_path, monkeypatch):
     pictures = keras.saving.load_model(folder / "model.keras").render([-1.0, 0.0, 1.0], 12, 12)
     truth = data.scale(data.open_frames(tmp_path / "frames", 12)[2](np.arange(3)))
     assert (((pictures[:, None] - truth) ** 2).mean((2, 3, 4)).argmin(1) == range(3)).all()  # each time shows its frame
+
+
+def test_networks_compared_have_no_more_parameters_and_frames_have_one_size(tmp_path, refused):
+    folder = tmp_path / "run"
+    assert run("fit", folder, "--compare", "--width", 8, "--epochs", 1) == 0
+    results = results_of(folder)
+    for network in ("siren", "relu"):
+        assert 0.8 * results["parameters"] < results[network]["parameters"] <= results["parameters"]
+    assert "32×32" in (error := refused("--evaluate", folder, "--image-size", 32)) and "24×24" in error
+    with pytest.raises(ValueError, match="24, 24"):
+        keras.saving.load_model(folder / "model.keras").evaluate(np.zeros((1, 32, 32, 3), "float32"), np.zeros(1))
 
 
 def test_an_ablation(tmp_path, capsys, monkeypatch):

@@ -592,7 +592,8 @@ def report(options, task, dataset, folder, target):
 def evaluate(options, task):
     """Evaluates a run on the test split of its dataset, or of another one with the same number of classes."""
     folder, dataset = options.run_dir, load_dataset(options, task)
-    numbers = [f"{len(x.class_names)} classes, {x.axes} axes, {x.image_shape[-1]} channels" for x in (dataset, options)]
+    numbers = [f"{len(x.class_names)} classes, {x.axes} axes, {x.image_shape[-1]} channels" if x.class_names else
+               f"frames of {x.image_shape[0]}×{x.image_shape[1]}" for x in (dataset, options)]
     if numbers[0] != numbers[1]:
         refuse(f"{options.dataset} has {numbers[0]}, the model of {folder} has {numbers[1]}: use a matching --dataset")
     target = folder / f"evaluation-{file_name(options.dataset)}"
@@ -691,14 +692,15 @@ def benchmark(options, task):
 
     dataset = load_dataset(options, task)
     batch = to_tensors(training_batches(options, dataset)[0][0])
-    model = build(options, task, dataset, 1000)[-1][1]
+    model = dict((name, model) for name, model, _ in build(options, task, dataset, 1000))[""]
     device, count = model.trainable_variables[0].value.device, len(batch[1])
     print(f"{options.preset}: batch {(count, *dataset.image_shape)}, {device_name()}", flush=True)
     step_seconds = seconds(lambda: model.train_step(batch))
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     memory = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else resident
     # FLOPs are counted without compilation and with unfused attention, which the counter supports on every device.
-    model = build(argparse.Namespace(**{**vars(options), "compile": False}), task, dataset, 1000)[-1][1]
+    options = argparse.Namespace(**{**vars(options), "compile": False})
+    model = dict((name, model) for name, model, _ in build(options, task, dataset, 1000))[""]
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.train_step(batch)
     side, gflop = 8192 if device.type == "cuda" else 2048, counter.get_total_flops() / 1e9
