@@ -235,8 +235,8 @@ def single_stage(size, time, parameters, width, blocks, compression, activation,
 
     Blocks double the resolution, each with 0.8 times the width of the last. The features of a picture are learned maps,
     with about half of the parameters; further blocks keep the resolution, and the last layer draws p² pixels for each
-    position (p ≤ 4). Those of a video are computed from sines and cosines of the time by two dense layers, and blocks of
-    low resolution get two more channels, learned maps. nerv: the blocks are NeRV's (Chen et al., NeurIPS 2021), a 3×3
+    position (p ≤ 4). Those of a video are computed from sines and cosines of the time by two dense layers, and each
+    block gets two more channels, learned maps, if these have at most a tenth of the parameters. nerv: the blocks are NeRV's (Chen et al., NeurIPS 2021), a 3×3
     convolution, GELU and `depth_to_space`, without maps; the last layer is a convolution."""
     linear, conv = functools.partial(dense, dtype="float32"), functools.partial(convolution, dtype="float32")
     positions = parameters / (1920 if time else 7)  # of the 12 × 32 weights or 7/4 × 2 channels for each
@@ -256,7 +256,7 @@ def single_stage(size, time, parameters, width, blocks, compression, activation,
         if nerv:
             layers += [conv(inputs, 4 * width, activation="gelu"), lambda x: pixels(x, 2)]
         else:
-            if time and number < doublings - 1 and 2 * height * breadth <= parameters / 10:
+            if time and 2 * height * breadth <= parameters / 10:
                 layers.append(LearnedMaps(height, breadth, 2, (1,), dtype="float32"))
                 inputs += 2
             layers.append(INReBlock(inputs, width, compression, 1, activation, hybrid, 1 + double, dtype="float32"))

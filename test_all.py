@@ -544,6 +544,7 @@ def plain_block(block, x, activation):
     ("post", 8 * 3 + 3 + 3 * 6 + 6 + 54 * 24 + 24), ("interleaved", 8 * 3 + 3 + 27 * 12 + 12 + 3 * 6 + 6)])
 def test_a_block_that_doubles_the_resolution(hybrid, parameters):
     block, x = inrn.INReBlock(8, 6, 2.0, 1, "gelu", hybrid, upscale=2), random_batch(2, 5, 8)[0]
+    assert all(layer.kernel.value.abs().max() > 0 for layer in block.steps)
     assert block.count_params() == parameters + (8 * 24 + 24) + 2 * 8
     stirred(block, 0.2)
     torch.testing.assert_close(block(x), plain_block(block, x, functional.gelu), rtol=1e-4, atol=1e-4)
@@ -603,7 +604,9 @@ def test_inrn_draws_like_plain_pytorch(time, parameters, scales):
     x, (*layers, last) = plain_features(model, times)
     blocks = [layer for layer in layers if isinstance(layer, inrn.INReBlock)]
     assert [block.config["upscale"] for block in blocks] == scales
-    assert len(layers) == len(blocks) + (4 if time else 0)  # a video: maps before each block but the last
+    widths = [block.config["width"] for block in blocks]
+    assert widths == [widths[0], *(round(0.8 * width) if scale > 1 else width for width, scale in zip(widths, scales))][:-1]
+    assert len(layers) == len(blocks) + (4 if time else 0)  # a video: maps before blocks, of at most 800 parameters
     for layer in layers:
         if layer in blocks:
             x = plain_block(layer, x, functional.gelu)
@@ -646,6 +649,7 @@ def test_networks_have_the_largest_width_that_their_parameters_allow():
         width = model.network[layer].kernel.shape[-1] // factor
         same, larger = (inrn.PictureFit(network, (90, 160), time, 20_000, width + i) for i in (0, 1))
         assert 17_000 < model.count_params() == same.count_params() <= 20_000 < larger.count_params()
+    assert 12 < inrn.PictureFit("relu").network[1].kernel.value.std() < 18
     _, first, second, *_ = inrn.PictureFit("siren").network
     for layer, limit in ((first, 1 / 2), (second, math.sqrt(6 / second.kernel.shape[0]) / 30)):
         assert 0.98 * limit < layer.kernel.value.abs().max() <= limit
@@ -1084,7 +1088,7 @@ def test_frames_are_read_from_files_or_drawn(tmp_path):
     assert np.array_equal(frames_of(tmp_path, 30), [255 - picture, picture])
     dataset = data.load_frames(tmp_path, image_size=30)
     assert (len(dataset.train), len(dataset.test), dataset.image_shape) == (200, 2, (20, 30, 3))
-    assert dataset.train[np.array([0, 1, 198])][1].tolist() == [-1, 1, -1]
+    assert dataset.train[np.array([0, 1, 198])][1].tolist() == [-1, 1, -1] and dataset.train.kept is dataset.test.kept
     Image.fromarray(picture[:10, :, 0]).save(tmp_path / "grey.png")
     assert np.array_equal(frames_of(tmp_path / "grey.png", 30)[0], picture[:10, :, :1].repeat(3, -1))
     with pytest.raises(data.DataError, match="30×10"):
