@@ -109,9 +109,10 @@ FIT_HYPERPARAMETERS = {
     "compression": (2.0, HYPERPARAMETERS["compression"][1]),
     **{name: HYPERPARAMETERS[name] for name in ("activation", "hybrid")},
     "alpha": (0.7, "weight of the squared error in the loss; 1 - SSIM has weight 1 - alpha"),
-    "rate": (1e-2, "initial learning rate of INRN and NeRV"),
+    "rate": (1e-2, "initial learning rate of INRN"),
     "siren_rate": (1e-3, "initial learning rate of the SIREN"),
     "relu_rate": (3e-3, "initial learning rate of the ReLU MLP"),
+    "nerv_rate": (5e-3, "initial learning rate of the network of NeRV's blocks"),
     "batch_size": (4, "frames per training step"),
     "epochs": (20, "number of epochs; an epoch shows each frame equally often, and about 200 or more in all"),
 }
@@ -729,8 +730,8 @@ def build_fits(options, dataset, steps_per_epoch):
         model = PictureFit(network, dataset.image_shape[:2], time, budget, width, options.blocks, options.compression,
                            options.activation, options.hybrid, options.alpha)
         budget, width = (budget if models else model.count_params()), 0
-        model.compile(options.epochs * steps_per_epoch,
-                      {"siren": options.siren_rate, "relu": options.relu_rate}.get(network, options.rate))
+        rates = dict(inrn=options.rate, siren=options.siren_rate, relu=options.relu_rate, nerv=options.nerv_rate)
+        model.compile(options.epochs * steps_per_epoch, rates[network])
         models.append(("" if network == "inrn" else network, model, options.epochs))
     return models
 
