@@ -227,6 +227,7 @@ class LearnedMaps(keras.layers.Layer):
 
 
 def sines_and_cosines(angles):
+    """Of angles (..., D), in radians: (..., 2D)."""
     return ops.concatenate([ops.sin(angles), ops.cos(angles)], axis=-1)
 
 
@@ -237,8 +238,9 @@ def single_stage(size, time, parameters, width, blocks, compression, activation,
     Blocks double the resolution, each with 0.8 times the width of the last. The features of a picture are learned maps,
     with about half of the parameters; further blocks keep the resolution, and the last layer draws p² pixels for each
     position (p ≤ 4). Those of a video are computed from sines and cosines of the time by two dense layers, and each
-    block gets two more channels, learned maps, if these have at most a tenth of the parameters. nerv: the blocks are NeRV's (Chen et al., NeurIPS 2021), a 3×3
-    convolution, GELU and `depth_to_space`, without maps; the last layer is a convolution."""
+    block gets two more channels, learned maps, if these have at most a tenth of the parameters. nerv: the blocks are
+    NeRV's (Chen et al., NeurIPS 2021), a 3×3 convolution, GELU and `depth_to_space`, without maps; the last layer is a
+    convolution."""
     linear, conv = functools.partial(dense, dtype="float32"), functools.partial(convolution, dtype="float32")
     positions = parameters / (1920 if time else 7)  # of the 12 × 32 weights or 7/4 × 2 channels for each
     cell = 2 ** max(int(time), round(math.log2(math.prod(size) / positions) / 2))
