@@ -117,7 +117,7 @@ FIT_HYPERPARAMETERS = {
     "epochs": (20, "number of epochs; an epoch shows each frame equally often, and about 200 or more in all"),
 }
 FIT_QUICK = {name: value for name, (value, _) in FIT_HYPERPARAMETERS.items()}
-FIT_PRESETS = {"quick": FIT_QUICK, "video": FIT_QUICK | dict(parameters=200_000, rate=2e-2)}
+FIT_PRESETS = {"quick": FIT_QUICK, "video": FIT_QUICK | dict(parameters=200_000)}
 
 
 # ---- The block ----
