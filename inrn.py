@@ -186,7 +186,7 @@ class INReBlock(keras.layers.Layer):
             self.spread = 1
         else:
             self.steps = [conv(inputs, width), linear(width, hidden), linear(hidden, out, start)]
-        same_shape = inputs == out and (stride == 1 or hybrid == "mlp")  # after pooling
+        same_shape = inputs == width and upscale == 1 and (stride == 1 or hybrid == "mlp")  # after pooling
         self.shortcut = None if same_shape else (linear if hybrid == "mlp" or upscale > 1 else conv)(inputs, out)
         self.built = True
 

@@ -548,6 +548,7 @@ def test_a_block_that_doubles_the_resolution(hybrid, parameters):
     assert block.count_params() == parameters + (8 * 24 + 24) + 2 * 8
     stirred(block, 0.2)
     torch.testing.assert_close(block(x), plain_block(block, x, functional.gelu), rtol=1e-4, atol=1e-4)
+    assert inrn.INReBlock(8, 2, 2.0, 1, "gelu", hybrid, upscale=2)(x).shape == (2, 10, 10, 2)  # inputs = s² width
 
 
 @pytest.mark.parametrize("hybrid", ["interleaved", "front", "post", "mlp"])
