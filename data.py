@@ -6,11 +6,13 @@ Images stay `uint8`, `(N, H, W, C)`, until `Batches` converts them to the `float
 
 import collections.abc
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import gc
 import glob
 import hashlib
+import io
 import os
 import sys
 
@@ -57,8 +59,10 @@ class Split:
         """Inputs as the models take them, and labels, of the `share` of the indices. rng: given in training; augmented,
         flip: as in Batches. What is drawn for an example does not depend on the share."""
         images, labels = self[indices[share]]
-        if augmented:
-            images = (augment if min(images.shape[1:3]) < 128 else augment_large)(images, rng, flip, share, len(indices))
+        if augmented == "crop" or augmented and min(images.shape[1:3]) >= 128:
+            images = augment_large(images, rng, flip, share, len(indices), crop=augmented == "crop")
+        elif augmented:
+            images = augment(images, rng, flip, share, len(indices))
         return scale(images), labels
 
 
@@ -125,7 +129,42 @@ def load_frames(name, data_dir=None, image_size=None, seed=0, points=None, squas
     return Dataset(train, every, shape, validation=every)
 
 
-LOADERS = {"classify": load, "fit": load_frames}  # by task
+SCENES = 20_000, 500  # in training, and otherwise
+
+
+def load_objects(name, data_dir=None, image_size=None, seed=0, points=None, squash=False, masks=False):
+    """Loads images with objects in them: "scenes", pictures of several shapes, or "coco", the folder data_dir of COCO
+    2017 as downloaded. The images (size, size, 3) are scaled to fit and padded with grey on the right or at the bottom.
+
+    image_size: default 128 for scenes; COCO needs one. masks: whether the labels contain them, see `Objects`. Ignores
+    the other arguments but seed. Raises DataError for other names, and as `open_coco` does.
+    """
+    try:
+        import pycocotools.coco
+        import pycocotools.mask
+    except ImportError as error:
+        raise DataError("objects in images need pycocotools: pip install torchvision==0.28.0 torchmetrics==1.9.0 "
+                        "pycocotools==2.0.11") from error
+    if name == "scenes":
+        size, names = image_size or 128, SHAPES
+        splits = [Objects(count, lambda indices, first=first: scenes(first + indices, size, seed, masks))
+                  for first, count in zip((0, SCENES[0]), SCENES)]
+    elif name == "coco":
+        if not image_size:
+            raise DataError("the images of coco differ in size: set one size for all, for example --image-size 640")
+        size = image_size
+        parts = [open_coco(data_dir or ".", part, size, masks) for part in ("train2017", "val2017")]
+        splits, (names, _), dropped = zip(*parts)
+        if any(dropped):
+            print(f"{name}: {sum(dropped):,} boxes have no area and are left out", flush=True)
+    else:
+        raise DataError(f"{name} has no objects with boxes: use --dataset scenes or coco")
+    return Dataset(*splits, (size, size, 3), tuple(names), flip=name == "coco")
+
+
+LOADERS = {"classify": load, "fit": load_frames, "detect": load_objects,
+           "segment": functools.partial(load_objects, masks=True)}  # by task
+BUILT_IN = {"detect": "scenes", "segment": "scenes"}  # other tasks: shapes
 
 
 def full_name(task, name):
@@ -157,12 +196,50 @@ def shapes(indices, size=28, channels=1, seed=0):
     axis = np.linspace(-1, 1, size, dtype=np.float32)                   # pixel centres, like the models' coordinates
     images = np.empty((len(indices), size, size, channels), np.uint8)
     for i, label in enumerate(labels):
-        x, y = axis - np.float32(center[i, 0]), axis[:, None] - np.float32(center[i, 1])
-        cos, sin = np.float32(np.cos(angle[i]) / radius[i]), np.float32(np.sin(angle[i]) / radius[i])
-        distance = _DISTANCES[SHAPES[label]](cos * x + sin * y, cos * y - sin * x) * radius[i]
+        distance = _distance(label, axis, center[i], radius[i], angle[i])
         inside = np.clip(0.5 - distance / 0.1, 0, 1)[:, :, None]        # edges 0.1 wide: 1.4 pixels of 28
         images[i] = np.rint(255 * (background[i] + (foreground[i] - background[i]) * inside))
     return images, labels
+
+
+def _distance(label, axis, center, radius, angle):
+    """Signed distance from the edge of a shape at the points axis × axis: (size, size)."""
+    x, y = axis - np.float32(center[0]), axis[:, None] - np.float32(center[1])
+    cos, sin = np.float32(np.cos(angle) / radius), np.float32(np.sin(angle) / radius)
+    return _DISTANCES[SHAPES[label]](cos * x + sin * y, cos * y - sin * x) * radius
+
+
+def scenes(indices, size=128, seed=0, masks=False):
+    """Renders pictures of two to eight shapes, nearer ones in front of others, in all colours and directions; scene i
+    depends on (seed, i) alone. A shape of which less than half would be visible is left out.
+
+    Returns images `uint8` (N, size, size, 3) and a list of dicts, as `Objects` reads them, of what is visible.
+    """
+    images, targets = [], []
+    axis = (np.arange(size, dtype=np.float32) + 0.5) * (2 / size) - 1              # pixel centres
+    for count, *numbers in _uniform(indices, 7 + 8 * 8, seed):
+        below, above, *objects = np.split(np.array(numbers), [3, 6, *range(14, 70, 8)])
+        free, image = np.ones((size, size)), np.zeros((size, size, 3))             # share of each pixel not yet drawn
+        boxes, labels, visible = [], [], []
+        for kind, x, y, extent, angle, *color in objects[:2 + int(7 * count)]:
+            radius = 0.15 + 0.3 * extent ** 2                                      # the picture has 1
+            center = (2 * np.array([x, y]) - 1) * (1 - 0.7 * radius)
+            distance = _distance(int(10 * kind), axis, center, radius, 2 * np.pi * angle)
+            mask = (distance < 0) & (free > 0.5)
+            if mask.sum() < 0.5 * (distance < 0).sum():
+                continue
+            share = free * np.clip(0.5 - distance * size / 4, 0, 1)                # edges two pixels wide
+            image += share[:, :, None] * color
+            free -= share
+            rows, columns = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
+            boxes.append((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
+            labels.append(int(10 * kind))
+            visible.append(mask)
+        ramp = (axis[:, None, None] + 1) / 2                                       # the background changes downwards
+        image += free[:, :, None] * (below * ramp + above * (1 - ramp))
+        images.append(np.rint(255 * image).astype(np.uint8))
+        targets.append(_target(boxes, labels, [0] * len(labels), visible if masks else None))
+    return np.stack(images), targets
 
 
 def _uniform(indices, count, seed):
@@ -312,6 +389,129 @@ def _reader(tfds, builder, split, image_size, squash):
     return read
 
 
+# ---- Objects in images ----
+
+
+class Objects(Split):
+    """Images and the objects in them. The labels of n examples are a dict of arrays, padded to the largest number M of
+    objects: boxes `float32` (n, M, 4), left, top, right and bottom in pixels; labels (n, M), -1 where there is no
+    object; crowd (n, M), 1 for a region of several objects; if they are read masks `uint8` (n, M, H, W), 1 inside.
+
+    read: indices -> square images `uint8`, and for each a dict of arrays of its own objects, with masks as run lengths
+    of pycocotools.
+    """
+
+    def examples(self, indices, rng=None, augmented=False, flip=False, share=slice(None)):
+        """With augmented, images are scaled by 0.1 to 2, cropped or padded, and with `flip` mirrored: the large-scale
+        jittering of torchvision's reference recipes (Ghiasi et al., CVPR 2021)."""
+        from pycocotools import mask
+
+        images, targets = self[indices[share]]
+        targets = [target | ({"masks": np.array([mask.decode(one) for one in target["masks"]], np.uint8).reshape(
+            -1, *images.shape[1:3])} if "masks" in target else {}) for target in targets]
+        if augmented:
+            draws = rng.random((len(indices), 4))[share]
+            images, targets = zip(*[_jitter(*one, flip) for one in zip(images, targets, draws)])
+        most = max(1, *(len(target["labels"]) for target in targets))
+        labels = {name: np.stack([np.concatenate([target[name], np.full((most - len(target[name]), *values.shape[1:]),
+                                                                        -1 if name == "labels" else 0, values.dtype)])
+                                  for target in targets]) for name, values in targets[0].items()}
+        return scale(np.stack(images)), labels
+
+
+def _target(boxes, labels, crowd, masks):
+    """One example's target as `Objects` reads it. masks: (H, W) each, or None."""
+    from pycocotools import mask
+
+    target = {"boxes": np.array(boxes, np.float32).reshape(-1, 4), "labels": np.array(labels, np.int64),
+              "crowd": np.array(crowd, np.int64)}
+    if masks is not None:
+        target["masks"] = [mask.encode(np.asfortranarray(one, np.uint8)) for one in masks]
+    return target
+
+
+def _jitter(image, target, draw, flip):
+    """One image (size, size, 3) and its target with decoded masks, scaled, moved and mirrored as `draw` (4,) says."""
+    from PIL import Image
+
+    size, (factor, left, top, mirror) = len(image), draw
+    side = max(1, round((0.1 + 1.9 * factor) * size))
+    left, top = int(left * max(0, side - size + 1)), int(top * max(0, side - size + 1))
+    step = -1 if flip and mirror < 0.5 else 1
+
+    def place(picture, filter, fill):
+        canvas = Image.new("L" if picture.ndim == 2 else "RGB", (size, size), fill)
+        canvas.paste(Image.fromarray(picture).resize((side, side), filter), (-left, -top))
+        return np.asarray(canvas)[:, ::step]
+
+    boxes = (target["boxes"] * (side / size) - np.float32([left, top, left, top])).clip(0, size)
+    if step < 0:
+        boxes = np.stack([size - boxes[:, 2], boxes[:, 1], size - boxes[:, 0], boxes[:, 3]], axis=1)
+    target = target | {"boxes": boxes}
+    if "masks" in target:
+        target["masks"] = np.array([place(mask, Image.NEAREST, 0) for mask in target["masks"]]).reshape(-1, size, size)
+    kept = (boxes[:, 2:] - boxes[:, :2]).min(axis=1) >= 1
+    return place(image, Image.BILINEAR, (128,) * 3), {name: values[kept] for name, values in target.items()}
+
+
+def _fit_into(picture, size, fill=(128,) * 3):
+    """A Pillow image, scaled to fit into size × size and padded, with grey or the given value: (size, size, …)."""
+    from PIL import Image, ImageOps
+
+    canvas = Image.new(picture.mode, (size, size), fill)
+    canvas.paste(ImageOps.contain(picture, (size, size), Image.BILINEAR if picture.mode == "RGB" else Image.NEAREST))
+    return np.asarray(canvas)
+
+
+def open_coco(folder, part, size, masks):
+    """The `Objects` of a part of COCO 2017, "train2017" or "val2017", as its folder is downloaded, the names of its
+    classes, and the number of boxes without area, which are left out. So are training images without objects. Raises
+    DataError for missing files, unreadable annotations, and annotations of unknown images or classes."""
+    from PIL import Image
+    from pycocotools import coco
+
+    file = os.path.join(folder, "annotations", f"instances_{part}.json")
+    for path in (file, os.path.join(folder, part)):
+        if not os.path.exists(path):
+            raise DataError(f"{path} is missing: set --data-dir to the folder of COCO 2017 with annotations, train2017 "
+                            "and val2017 (https://cocodataset.org)")
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            index = coco.COCO(file)
+        annotations, known = index.dataset["annotations"], index.imgs.keys()
+        numbers = {number: i for i, number in enumerate(sorted(index.cats))}
+        names, files = [index.cats[number]["name"] for number in numbers], {*os.listdir(os.path.join(folder, part))}
+        for one in annotations:
+            if one["image_id"] not in known or one["category_id"] not in numbers:
+                raise ValueError(f"annotation {one['id']} is of image {one['image_id']} and category "
+                                 f"{one['category_id']}, which are not both listed")
+        if absent := [image["file_name"] for image in index.imgs.values() if image["file_name"] not in files]:
+            raise ValueError(f"{len(absent)} images, such as {absent[0]}, are not in {part}")
+        objects = {image: [one for one in index.imgToAnns[image] if min(one["bbox"][2:]) > 0] for image in known}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"cannot use {file} ({type(error).__name__}: {' '.join(str(error).split())[:120]}): restore it "
+                        "and its images") from error
+    dropped = len(annotations) - sum(map(len, objects.values()))
+    images = [image for image in sorted(known)
+              if part == "val2017" or any(not one["iscrowd"] for one in objects[image])]
+
+    def read(indices):
+        pictures, targets = [], []
+        for image in [images[index] for index in indices]:
+            info, found = index.imgs[image], objects[image]
+            pictures.append(_read(os.path.join(folder, part, info["file_name"]), "RGB",
+                                  functools.partial(_fit_into, size=size), turn=False))
+            factor = size / max(info["width"], info["height"])
+            boxes = np.array([one["bbox"] for one in found], float).reshape(-1, 4)
+            boxes[:, 2:] += boxes[:, :2]
+            scaled = [_fit_into(Image.fromarray(index.annToMask(one)), size, 0) for one in found] if masks else None
+            targets.append(_target(boxes * factor, [numbers[one["category_id"]] for one in found],
+                                   [one["iscrowd"] for one in found], scaled))
+        return np.stack(pictures), targets
+
+    return Objects(len(images), read), names, dropped
+
+
 # ---- Image files ----
 
 
@@ -359,13 +559,13 @@ def open_frames(path, longest):
     return len(paths), shapes[0], lambda indices: np.stack([read(paths[index]) for index in indices])
 
 
-def _read(path, mode, finish):
+def _read(path, mode, finish, turn=True):
     from PIL import Image, ImageOps
 
     Image.MAX_IMAGE_PIXELS = None  # no limit: the file is the user's own
     try:
         with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file)
+            picture = ImageOps.exif_transpose(file) if turn else file
             if picture.mode.startswith("I"):  # 16 bits; Pillow's own conversion clips them
                 picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
             elif picture.has_transparency_data:
@@ -440,9 +640,12 @@ def load_surfaces(name, data_dir=None, image_size=None, seed=0, points=None):
     return Dataset(train, test, (*sizes[1], 1), tuple(names), finer=test.volumes, axes=3)
 
 
-def read_example(name, path, image_shape, squash=False):
-    """Reads a file for a model that was trained on the dataset `name` with this image_shape: an image, or for surfaces
-    a mesh. Returns a batch of one input, and `Dataset.finer` for it. Raises DataError for an unsuitable file."""
+def read_example(task, name, path, image_shape, squash=False):
+    """Reads a file for a model that was trained on the dataset `name` with this image_shape: an image, for detectors of
+    its own size, or for surfaces a mesh. Returns a batch of one input, and `Dataset.finer` for it. Raises DataError for
+    an unsuitable file."""
+    if task in ("detect", "segment"):
+        return scale(_read(path, "RGB", np.asarray)[None]), None
     if name not in SURFACES:
         return scale(read_image(path, *image_shape, squash)[None]), None
     points = mesh_points(*read_off(path), 0.65 if name == "solids" else 1.0)  # as large as the surfaces of the dataset
@@ -669,21 +872,23 @@ def augment(images, rng, flip, share=slice(None), count=None):
     return padded[np.arange(size)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
-def augment_large(images, rng, flip, share=slice(None), count=None):
+def augment_large(images, rng, flip, share=slice(None), count=None, crop=False):
     """`uint8` images (N, H, W, C) -> the same shape, changed as those of Imagenette by MWT: padded by an eighth of each
     side (reflection), rotated by up to 30 degrees (corners become black), cropped to 0.8 to 1 of the area with an
-    aspect ratio of 3/4 to 4/3, scaled to the old size, and with `flip` mirrored at random. share, count: as above."""
+    aspect ratio of 3/4 to 4/3, scaled to the old size, and with `flip` mirrored at random. crop: without padding and
+    rotation, to 0.08 to 1 of the area, as is usual for ImageNet (Szegedy et al., 2015). share, count: as above."""
     from PIL import Image
 
     height, width, channels = images.shape[1:]
-    pads, augmented = ((height // 8,) * 2, (width // 8,) * 2, (0, 0)), []
+    pads, augmented = [(0 if crop else side // 8,) * 2 for side in (height, width, 0)], []
+    least, turn = (0.08, 0) if crop else (0.8, 60)
     for image, (angle, area, ratio, top, left, mirror) in zip(images, rng.random((count or len(images), 6))[share]):
         padded = np.pad(image, pads, mode="reflect")
         picture = Image.fromarray(padded[:, :, 0] if channels == 1 else padded)
-        side, aspect = ((0.8 + 0.2 * area) * picture.height * picture.width) ** 0.5, (3 / 4) ** (ratio - 0.5)
+        side, aspect = ((least + (1 - least) * area) * picture.height * picture.width) ** 0.5, (3 / 4) ** (ratio - 0.5)
         size = min(picture.width, side / aspect), min(picture.height, side * aspect)
         corner = left * (picture.width - size[0]), top * (picture.height - size[1])
-        picture = picture.rotate(60 * angle - 30, Image.BILINEAR).resize(
+        picture = picture.rotate(turn * (angle - 0.5), Image.BILINEAR).resize(
             (width, height), Image.BILINEAR, box=(*corner, corner[0] + size[0], corner[1] + size[1]))
         augmented.append(np.asarray(picture).reshape(height, width, channels)[:, ::-1 if flip and mirror < 0.5 else 1])
     return np.stack(augmented)

@@ -1,15 +1,16 @@
 """INRN: blocks that compress and expand draw a picture or a video, or classify images with a teacher's help.
 
 Song, Zhou & Ma ("Rethinking Implicit Neural Representations for Vision Learners") define an implicit neural
-representation as a network from a fixed domain to a fixed range: from the points of a picture or the times of a video to
-colours, or from the images of a dataset to classes. All use the same block, INRe. One stage of blocks fits a picture or a
-video (equation 1).
-Four stages classify images; they learn from labels and from the layers of a teacher (equations 2 to 4).
+representation as a network from a fixed domain to a fixed range: from the points of a picture or the times of a video
+to colours, or from the images of a dataset to classes. All use the same block, INRe. One stage of blocks fits a picture
+or a video (equation 1). Four stages classify images, or find the objects in them; they learn from labels and from the
+layers of a teacher (equations 2 to 4).
 
     single stage   learned maps (1, h, w, D), or for a video time t (N,) -> dense -> (N, h, w, D)
                    -> INRe blocks, of which the first double the resolution -> dense -> pixels (N, H, W, 3)
     four stages    images (N, H, W, C) -> stem -> stage1 ... stage4, each half the resolution -> mean -> logits
     distillation   stage outputs -> 1×1 convolutions -> compared with the teacher's outputs
+    detection      stage1 ... stage4 -> feature pyramid -> regions -> classes, boxes and masks of objects
 
     symbol    shape          meaning
     N H W C   -              number of images (or frames), height, width, channels
@@ -55,6 +56,7 @@ print(model.render(times=[0.0], height=64, width=64).shape)           # interpol
 """
 
 import bisect
+import colorsys
 import functools
 import math
 import os
@@ -63,6 +65,7 @@ import types
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
 import keras
+import numpy as np
 import torch
 from keras import ops
 
@@ -78,10 +81,11 @@ HYPERPARAMETERS = {
     "compression": (0.5, "compression coefficient: above 1 blocks compress first, below 1 they expand first, 1: flat"),
     "activation": ("gelu", "activation function: gelu or relu"),
     "hybrid": ("interleaved", "position of the convolution in a block: interleaved, front, post, or mlp for none"),
-    "teacher": ("train", "train: a small residual CNN, trained first on the same images; none; resnet101: trained on "
-                "ImageNet, downloaded; or the .keras file of a Keras classifier for images in [-1, 1]"),
+    "teacher": ("train", "train: a small residual CNN, trained first on the same images; resnet56: the same of 56 "
+                "layers; none; resnet101: trained on ImageNet, downloaded; or the .keras file of a Keras classifier "
+                "for images in [-1, 1]"),
     "teacher_layers": ("", "names of the teacher's layers for the four stages, A,B,C,D (empty: matched by resolution)"),
-    "teacher_epochs": (30, "epochs for training the teacher, with --teacher train"),
+    "teacher_epochs": (30, "epochs for training the teacher, with --teacher train or resnet56"),
     "task_weight": (1.0, "weight of the cross-entropy (lambda_1)"),
     "feature_weight": (1.0, "weight of the mean squared errors between student and teacher features (lambda_2)"),
     "logits_weight": (0.0, "weight of the Kullback-Leibler divergence from the teacher's probabilities"),
@@ -100,9 +104,39 @@ PRESETS = {
     "medium": SMALL | dict(widths="88,176,352,352", blocks="1,3,6,2", stem_stride=4, compression=2.0),
     "large": SMALL | dict(widths="128,256,512,768", blocks="2,5,12,2", stem_stride=4, compression=2.0),
 }
+# As published: INRN-S beside a ResNet-56 on CIFAR-100, INRN-M beside a ResNet-101 on ImageNet (Table 4). The numbers of
+# epochs are those of the methods in that table (Tian et al., ICLR 2020).
+PRESETS |= {"cifar100": SMALL | dict(teacher="resnet56", epochs=240, teacher_epochs=240),
+            "imagenet": PRESETS["medium"] | dict(teacher="resnet101", epochs=100, batch_size=256)}
+# Hyperparameters of detection and segmentation: those of Mask R-CNN (He et al., ICCV 2017), and ours.
+DETECTION_HYPERPARAMETERS = {
+    "backbone": ("inrn", "inrn, or to compare it with, a ResNet of torchvision, such as resnet18, with group "
+                 "normalization"),
+    **{name: HYPERPARAMETERS[name]
+       for name in ("widths", "blocks", "stem_stride", "compression", "activation", "hybrid")},
+    "pyramid_width": (256, "channels of each level of the feature pyramid"),
+    "head_width": (1024, "width of the layers that classify regions"),
+    "anchor_size": (32, "side of the smallest anchors in pixels; each level of the pyramid doubles it"),
+    "proposals": (1000, "regions that are classified in each image, at most"),
+    "samples": (512, "regions of each image that the loss is computed from"),
+    "teacher": ("none", "none; a detector of torchvision, such as fasterrcnn_resnet50_fpn, whose weights are "
+                "downloaded; or the .keras file of a run of this task"),
+    "feature_weight": (1.0, "weight of the mean squared errors between features of INRN and of the teacher's pyramid"),
+    "rate": (1e-3, HYPERPARAMETERS["rate"][1]),
+    "weight_decay": HYPERPARAMETERS["weight_decay"],
+    "batch_size": (16, "images per training step"),
+    "epochs": (24, "number of epochs"),
+}
+DETECTION_PRESETS = {"medium": {name: value for name, (value, _) in DETECTION_HYPERPARAMETERS.items()}
+                     | {name: PRESETS["medium"][name] for name in ("widths", "blocks", "stem_stride", "compression")}}
+# quick is for a CPU and images of 128×128.
+DETECTION_PRESETS = {"quick": DETECTION_PRESETS["medium"] | dict(
+    widths="32,64,128,128", blocks="1,1,2,1", pyramid_width=64, head_width=256, anchor_size=16, proposals=100,
+    samples=64, rate=2e-3, batch_size=8, epochs=5), **DETECTION_PRESETS}
 # Hyperparameters of fitting a picture or a video. All values are ours.
 FIT_HYPERPARAMETERS = {
-    "compare": (False, "also fit networks of at most as many parameters: a SIREN and a ReLU MLP; for a video NeRV's blocks"),
+    "compare": (False, "also fit networks of at most as many parameters: a SIREN and a ReLU MLP; for a video NeRV's "
+                "blocks"),
     "parameters": (40_000, "largest number of parameters; it determines the maps' size and the blocks' width"),
     "width": (0, "width of the blocks, whatever the number of parameters (0: the largest that it allows)"),
     "blocks": (3, "number of blocks for a picture; a video has one for each doubling of the resolution"),
@@ -486,21 +520,23 @@ class INRN(keras.Model):
 # ---- Teachers ----
 
 
-def residual_cnn(image_shape, num_classes, stem_stride=1, width=32):
-    """A small residual network with batch normalization (He et al., CVPR 2016): images -> logits. Its layers `stage1`
-    to `stage4` have the resolutions of an INRN with the same stem_stride."""
+def residual_cnn(image_shape, num_classes, stem_stride=1, widths=(32, 64, 128, 128), blocks=1):
+    """A residual network with batch normalization (He et al., CVPR 2016): images -> logits. Its layers `stage1`,
+    `stage2`, … have the resolutions of an INRN with the same stem_stride. widths: of each stage. blocks: in each stage;
+    with widths 16, 32, 64 and 9 blocks it is the ResNet-56 of the literature on CIFAR."""
 
     def conv(x, filters, size=3, stride=1):
         x = convolution(x.shape[-1], filters, "he_normal", kernel_size=size, strides=stride, use_bias=False)(x)
         return keras.layers.BatchNormalization()(x)
 
     inputs = keras.Input(image_shape)
-    x = keras.layers.ReLU()(conv(inputs, width, stride=stem_stride))
-    for stage in range(4):
-        filters, stride = width * min(4, 2**stage), 2 if stage else 1
-        y = conv(keras.layers.ReLU()(conv(x, filters, stride=stride)), filters)
-        x = keras.layers.Add()([conv(x, filters, 1, stride) if stage else x, y])
-        x = keras.layers.ReLU(name=f"stage{stage + 1}")(x)
+    x = keras.layers.ReLU()(conv(inputs, widths[0], stride=stem_stride))
+    for stage, width in enumerate(widths, 1):
+        for block in range(blocks):
+            stride = 2 if stage > 1 and block == 0 else 1
+            y = conv(keras.layers.ReLU()(conv(x, width, stride=stride)), width)
+            x = keras.layers.Add()([conv(x, width, 1, stride) if stride > 1 else x, y])
+            x = keras.layers.ReLU(name=f"stage{stage}" if block == blocks - 1 else None)(x)
     x = keras.layers.GlobalAveragePooling2D("channels_last")(x)
     return keras.Model(inputs, keras.layers.Dense(num_classes, dtype=keras.config.floatx())(x), name="teacher")
 
@@ -559,6 +595,30 @@ def standardize(x):
     return (x - mean) * ops.rsqrt(variance + 1e-6)
 
 
+def feature_loss(alignment, outputs, features):
+    """The sum over stages of equation 3, a scalar: the mean squared error between the 1×1 convolution of a stage's
+    output (N, h, w, D) and the teacher's standardized features, to whose resolution it is interpolated."""
+    total = 0.0
+    for align, output, feature in zip(alignment, outputs, features):
+        aligned, target = ops.cast(align(output), "float32"), standardize(feature)
+        if aligned.shape[1:3] != target.shape[1:3]:
+            aligned = ops.image.resize(aligned, target.shape[1:3], data_format="channels_last")
+        total = total + ops.mean(ops.square(aligned - target))
+    return total
+
+
+def adamw(variables, total_steps, rate, weight_decay):
+    """AdamW whose learning rate warms up over 5 % of the steps and decays to 0 along half a cosine. Gradients are
+    clipped to norm 1. Biases and normalization, all of one axis, have no weight decay."""
+    warm = total_steps // 20
+    schedule = keras.optimizers.schedules.CosineDecay(0.0 if warm else rate, max(1, total_steps - warm),
+                                                      warmup_target=rate if warm else None, warmup_steps=warm)
+    optimizer = keras.optimizers.AdamW(schedule, weight_decay=weight_decay, global_clipnorm=1.0)
+    optimizer.exclude_from_weight_decay([variable for variable in variables if len(variable.shape) == 1])
+    optimizer.build(variables)
+    return optimizer
+
+
 class Distiller(keras.Model):
     """Trains a student: an INRN or, without a teacher, any Keras classifier. `save` saves the student alone.
 
@@ -570,7 +630,8 @@ class Distiller(keras.Model):
     logits or probabilities, or features if logits_weight is 0; it is frozen. None: the loss is the cross-entropy alone.
     layers: see `match_layers`. Raises ValueError as `match_layers` does, and for a teacher of other classes or outputs.
 
-    Metrics: loss (in evaluation the cross-entropy); accuracy; with a teacher distillation, all but the cross-entropy.
+    Metrics: loss (in evaluation the cross-entropy); accuracy; top5_accuracy; with a teacher distillation, all but the
+    cross-entropy.
     """
 
     def __init__(self, student, teacher=None, image_shape=None, layers=(), task_weight=1.0, feature_weight=1.0,
@@ -579,7 +640,7 @@ class Distiller(keras.Model):
         self.student, self.alignment, self.teach = student, [], None
         self.task_weight, self.feature_weight, self.logits_weight = task_weight, feature_weight, logits_weight
         self.cross_entropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        self.trackers = [keras.metrics.Mean(name="loss"), keras.metrics.SparseCategoricalAccuracy(name="accuracy")]
+        self.trackers = [keras.metrics.Mean(name="loss"), *self.accuracies()]
         if teacher is not None:
             matched = match_layers(teacher, student, image_shape, layers)
             shape, num_classes = teacher.outputs[0].shape, student.config["num_classes"]
@@ -607,21 +668,16 @@ class Distiller(keras.Model):
         return self.student(images, training=training)
 
     def compile(self, total_steps, rate=1e-3, weight_decay=0.05):
-        """AdamW for the student, and another one for the 1×1 convolutions. total_steps: epochs × batches. The learning
-        rate warms up over 5 % of the steps and decays to 0 along half a cosine. Gradients are clipped to norm 1. Biases
-        and normalization have no weight decay. The student is compiled too: saved and loaded, it can be evaluated, or
-        trained further with the same optimizer, whose weight decay then applies to all variables."""
+        """An optimizer of `adamw` for the student, and another one for the 1×1 convolutions. total_steps: epochs ×
+        batches. The student is compiled too: saved and loaded, it can be evaluated, or trained further with the same
+        optimizer, whose weight decay then applies to all variables."""
         super().compile(optimizer=None, jit_compile=False)
-        warm = total_steps // 20
-        self.optimizers = []
-        for variables in self.variable_groups():
-            schedule = keras.optimizers.schedules.CosineDecay(0.0 if warm else rate, max(1, total_steps - warm),
-                                                              warmup_target=rate if warm else None, warmup_steps=warm)
-            optimizer = keras.optimizers.AdamW(schedule, weight_decay=weight_decay, global_clipnorm=1.0)
-            optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
-            optimizer.build(variables)
-            self.optimizers.append(optimizer)
-        self.student.compile(self.optimizers[0], self.cross_entropy, metrics=["accuracy"], jit_compile=False)
+        self.optimizers = [adamw(variables, total_steps, rate, weight_decay) for variables in self.variable_groups()]
+        self.student.compile(self.optimizers[0], self.cross_entropy, metrics=self.accuracies(), jit_compile=False)
+
+    def accuracies(self):
+        return [keras.metrics.SparseCategoricalAccuracy(name="accuracy"),
+                keras.metrics.SparseTopKCategoricalAccuracy(5, name="top5_accuracy")]
 
     def variable_groups(self):
         """Variables of the student and, with a teacher, of the 1×1 convolutions: one list per optimizer."""
@@ -633,12 +689,8 @@ class Distiller(keras.Model):
         outputs = self.student.stage_outputs(images)
         logits = self.student.classify(outputs["stage4"])
         *features, taught = self.teach(images)
-        total = 0.0
-        for stage, align, feature in zip(self.matched, self.alignment, features):
-            aligned, target = ops.cast(align(outputs[stage]), "float32"), standardize(feature)
-            if aligned.shape[1:3] != target.shape[1:3]:
-                aligned = ops.image.resize(aligned, target.shape[1:3], data_format="channels_last")
-            total = total + self.feature_weight * ops.mean(ops.square(aligned - target))
+        outputs = [outputs[stage] for stage in self.matched]
+        total = self.feature_weight * feature_loss(self.alignment, outputs, features)
         if self.logits_weight:
             taught = ops.cast(taught, "float32")
             taught = ops.log(ops.maximum(taught, 1e-7)) if self.probabilities else taught
@@ -661,12 +713,14 @@ class Distiller(keras.Model):
         logits = self.student(images, training=False)
         loss = self.cross_entropy(labels, logits, sample_weight)
         results = self.update_metrics(labels, logits, sample_weight, loss)
-        return {name: results[name] for name in ("loss", "accuracy")}
+        return {name: value for name, value in results.items() if name != "distillation"}
 
     def update_metrics(self, labels, logits, sample_weight, *losses):
-        self.trackers[1].update_state(labels, logits, sample_weight)
-        for tracker, loss in zip(self.trackers[::2], losses):  # loss, and distillation if there is a teacher
-            tracker.update_state(loss, sample_weight=len(labels))
+        loss, accuracy, top5_accuracy, *distillation = self.trackers
+        for metric in (accuracy, top5_accuracy):
+            metric.update_state(labels, logits, sample_weight)
+        for metric, value in zip((loss, *distillation), losses):
+            metric.update_state(value, sample_weight=len(labels))
         return self.get_metrics_result()
 
     metrics = property(lambda self: self.trackers)  # without Keras's own loss tracker
@@ -674,6 +728,221 @@ class Distiller(keras.Model):
     def save(self, *arguments, **options):
         """Saves the student alone: as `keras.Model.save`."""
         self.student.save(*arguments, **options)
+
+
+# ---- Detection and segmentation: INRN's stages in Faster R-CNN and Mask R-CNN (section 3.2) ----
+
+
+def torchvision_detection():
+    """torchvision's module of detectors. Raises ValueError if it cannot be imported."""
+    try:
+        import torchmetrics.detection
+        import torchvision.models.detection
+    except (ImportError, RuntimeError) as error:  # RuntimeError: it was built for another PyTorch
+        raise ValueError(f"detection needs torchvision ({' '.join(str(error).split())[:120]}): "
+                         "pip install torchvision==0.28.0 torchmetrics==1.9.0 pycocotools==2.0.11") from error
+    return torchvision.models.detection
+
+
+class AveragePrecision(keras.metrics.Metric):
+    """COCO's mean average precisions: map over the thresholds 0.5 to 0.95 of the overlap, map_50 at 0.5 and map_75 at
+    0.75; with masks bbox_map, … of the boxes and segm_map, … of the masks. Several processes have common results."""
+
+    def __init__(self, masks, **kwargs):
+        super().__init__(**kwargs)
+        from torchmetrics.detection import MeanAveragePrecision  # which uses pycocotools
+
+        self.total = MeanAveragePrecision(iou_type=("bbox", "segm") if masks else "bbox")
+        self.names = [f"{kind}map{threshold}" for kind in (("bbox_", "segm_") if masks else ("",))
+                      for threshold in ("", "_50", "_75")]
+
+    def reset_state(self):
+        self.total.reset()
+
+    def update_state(self, targets, detections):
+        """A list of dicts each, one per image: boxes (n, 4) and labels (n,); of targets iscrowd (n,), of detections
+        scores (n,); with masks boolean masks (n, H, W)."""
+        self.total.update(detections, targets)
+
+    def result(self):
+        results = self.total.compute()
+        return {name: float(results[name]) for name in self.names}
+
+
+def unpad(targets, chosen):
+    """Targets of a `Detector` as a list of one dict per image, with the chosen objects, a boolean array (N, M)."""
+    return [{name: values[i][chosen[i]] for name, values in targets.items()} for i in range(len(chosen))]
+
+
+@keras.saving.register_keras_serializable("inrn")
+class Detector(keras.Model):
+    """Faster R-CNN, or with masks Mask R-CNN, of torchvision: stages of a backbone -> feature pyramid -> proposed
+    regions -> their classes, boxes and masks.
+
+    Images (N, H, W, 3), `float32` in [-1, 1], are scaled to fit into size × size pixels. Targets are a dict of arrays,
+    padded to M objects: boxes (N, M, 4), left, top, right and bottom in pixels; labels (N, M), -1 where there is no
+    object; crowd (N, M), 1 for a region of several objects, which is not learned; with `masks` masks (N, M, H, W), 0 or
+    1. Called with images, it returns a dict for each: boxes (n, 4), labels (n,), scores (n,) and masks (n, H, W) from 0
+    to 1, in the images' own pixels.
+
+    The other arguments are explained in `DETECTION_HYPERPARAMETERS`. teacher: as there, or None. The teacher's pyramid
+    is what INRN's stages learn (equation 3); it is not a part of the model. Raises ValueError for invalid arguments and
+    without torchvision.
+
+    Metrics: in training loss, its parts with torchvision's names, and distillation; otherwise `AveragePrecision`.
+    """
+
+    def __init__(self, num_classes=10, size=128, masks=False, backbone="inrn", pyramid_width=64, head_width=256,
+                 anchor_size=16, proposals=100, samples=64, seed=0, teacher=None, feature_weight=1.0, name=None,
+                 dtype=None, **options):
+        detection = torchvision_detection()
+        from torchvision.ops import FeaturePyramidNetwork, feature_pyramid_network
+
+        super().__init__(name=name, dtype=dtype)
+        names = ("num_classes", "size", "masks", "backbone", "pyramid_width", "head_width", "anchor_size", "proposals",
+                 "samples", "seed")
+        self.config = {name: value for name, value in locals().items() if name in names} | options
+        self.feature_weight, self.optimizers = feature_weight, []
+        if backbone == "inrn":
+            self.body = INRN(3, 1, dtype=dtype, **options)
+            self.body.norm.trainable = self.body.head.trainable = False  # they only classify
+            widths = numbers(self.body.config["widths"], "widths")
+        else:
+            norm = functools.partial(torch.nn.GroupNorm, 32)
+            resnet = detection.backbone_utils.resnet.__dict__[backbone](norm_layer=norm)
+            widths = [resnet.inplanes // 8 * 2**i for i in range(4)]
+            stages = {f"layer{i}": f"stage{i}" for i in range(1, 5)}
+            self.body = detection.backbone_utils.IntermediateLayerGetter(resnet, stages)
+        pyramid = FeaturePyramidNetwork(widths, pyramid_width, feature_pyramid_network.LastLevelMaxPool())
+        pyramid.out_channels = pyramid_width
+        sides, ratios = [(anchor_size * 2**i,) for i in range(5)], [(0.5, 1.0, 2.0)] * 5
+        heads = dict(box_head=detection.faster_rcnn.TwoMLPHead(49 * pyramid_width, head_width),
+                     box_predictor=detection.faster_rcnn.FastRCNNPredictor(head_width, num_classes + 1))
+        if masks:
+            heads |= dict(mask_head=detection.mask_rcnn.MaskRCNNHeads(pyramid_width, [pyramid_width] * 4, 1),
+                          mask_predictor=detection.mask_rcnn.MaskRCNNPredictor(pyramid_width, pyramid_width,
+                                                                               num_classes + 1))
+        counts = {f"rpn_{when}_nms_top_n_{mode}": proposals for when in ("pre", "post") for mode in ("train", "test")}
+        self.rcnn = (detection.MaskRCNN if masks else detection.FasterRCNN)(
+            pyramid, rpn_anchor_generator=detection.anchor_utils.AnchorGenerator(sides, ratios), min_size=size,
+            max_size=size, image_mean=[0.0] * 3, image_std=[1.0] * 3, rpn_batch_size_per_image=samples,
+            box_batch_size_per_image=samples, **counts, **heads)
+        self.seeds = keras.random.SeedGenerator(seed)
+        parts = ["classifier", "box_reg", *(["mask"] if masks else []), "objectness", "rpn_box_reg"]
+        self.teach, self.alignment = None, []
+        if teacher is not None:
+            self.teach = teacher_pyramid(teacher)
+            taught = self.teach(ops.zeros((1, size, size, 3)))
+            self.alignment = [convolution(width, features.shape[-1], kernel_size=1)
+                              for width, features in zip(widths, taught)]
+            parts.append("distillation")
+        self.trackers = {name: keras.metrics.Mean(name=name) for name in ["loss", *parts]}
+        self.precision = AveragePrecision(masks, name="precision")
+        self.built = True
+
+    def stages(self, images):
+        """Outputs of the backbone's stages: [(N, H/4, W/4, D1), …, (N, H/32, W/32, D4)]."""
+        if self.config["backbone"] == "inrn":
+            return [ops.cast(x, "float32") for x in self.body.stage_outputs(images).values()]
+        return [x.permute(0, 2, 3, 1) for x in self.body(images.permute(0, 3, 1, 2)).values()]
+
+    def pyramid(self, stages):
+        """The levels of the feature pyramid: {"0": (N, pyramid_width, H/4, W/4), …, "3": …, "pool": …}."""
+        return self.rcnn.module.backbone({str(i): x.permute(0, 3, 1, 2) for i, x in enumerate(stages)})
+
+    def detect(self, images, targets=None):
+        """Detections as torchvision returns them; in training its losses, and what the teacher adds: a dict each."""
+        rcnn, sizes = self.rcnn.module, [tuple(images.shape[1:3])] * len(images)
+        rcnn.train(targets is not None)
+        images, targets = rcnn.transform(list(images.permute(0, 3, 1, 2)), targets)
+        scaled = images.tensors.permute(0, 2, 3, 1)                                            # (N, size, size, 3)
+        stages = self.stages(scaled)
+        pyramid = self.pyramid(stages)
+        regions, losses = rcnn.rpn(images, pyramid, targets)
+        found, more = rcnn.roi_heads(pyramid, regions, images.image_sizes, targets)
+        losses = {name.removeprefix("loss_"): loss for name, loss in (losses | more).items()}
+        if targets is None:
+            return rcnn.transform.postprocess(found, images.image_sizes, sizes)
+        if self.teach:
+            losses["distillation"] = self.feature_weight * feature_loss(self.alignment, stages, self.teach(scaled))
+        return losses
+
+    def call(self, images):
+        with torch.no_grad():
+            found = self.detect(ops.convert_to_tensor(images))
+        return [{name: x[:, 0] if name == "masks" else x - 1 if name == "labels" else x for name, x in one.items()}
+                for one in found]
+
+    def compile(self, total_steps, rate=1e-3, weight_decay=0.05):
+        """An optimizer of `adamw`. total_steps: epochs × batches."""
+        self.compile_config = dict(total_steps=total_steps, rate=rate, weight_decay=weight_decay)
+        super().compile(optimizer=None, jit_compile=False)
+        self.optimizers = [adamw(self.trainable_variables, total_steps, rate, weight_decay)]
+
+    def train_step(self, data):
+        images, targets, _ = keras.utils.unpack_x_y_sample_weight(data)
+        chosen = (targets["labels"] >= 0) & (targets["crowd"] == 0)
+        torch.manual_seed(int(self.seeds.next()[0]))  # torchvision samples regions by PyTorch's own generator
+        losses = self.detect(images, unpad(targets | {"labels": targets["labels"] + 1}, chosen))  # 0: the background
+        loss = sum(losses.values())
+        self.zero_grad()
+        loss.backward()
+        variables = self.trainable_variables
+        with torch.no_grad():
+            self.optimizers[0].apply([variable.value.grad for variable in variables], variables)
+            for name, value in {"loss": loss, **losses}.items():
+                self.trackers[name].update_state(value)
+        return self.get_metrics_result()
+
+    def test_step(self, data):
+        images, targets, _ = keras.utils.unpack_x_y_sample_weight(data)
+        found, there = self(images), unpad(targets, targets["labels"] >= 0)
+        for one in [*found, *there] if self.config["masks"] else ():
+            one["masks"] = one["masks"] > 0.5
+        self.precision.update_state([one | {"iscrowd": one["crowd"]} for one in there], found)
+        return dict.fromkeys(self.precision.names, 0.0)  # Keras asks for the metrics after the last batch
+
+    metrics = property(lambda self: [*self.trackers.values(), self.precision])
+
+    def get_metrics_result(self):
+        if self.precision.total.update_called:
+            return self.precision.result()
+        return {name: tracker.result() for name, tracker in self.trackers.items()}
+
+    def get_config(self):
+        return {"name": self.name, "dtype": self.dtype_policy.name, **self.config}
+
+    def get_compile_config(self):
+        return self.compile_config if self.compiled else {}
+
+    def compile_from_config(self, config):
+        self.compile(**config)
+
+
+def teacher_pyramid(teacher):
+    """A function from images (N, H, W, 3) in [-1, 1] to the four finest levels of a detector's feature pyramid,
+    [(N, h, w, C), …]. teacher: a `Detector`, the path of one, or the name of one of torchvision's, whose weights it
+    downloads. Raises ValueError for others."""
+    try:
+        if isinstance(teacher, str) and not teacher.endswith(".keras"):
+            model = torchvision_detection().__dict__[teacher](weights="DEFAULT").eval().to(ops.zeros(1).device)
+            mean, deviation = (torch.tensor(getattr(model.transform, name), device=ops.zeros(1).device)
+                               for name in ("image_mean", "image_std"))
+
+            def pyramid(images):
+                return model.backbone((((images + 1) / 2 - mean) / deviation).permute(0, 3, 1, 2))
+        else:
+            model = keras.saving.load_model(teacher, compile=False) if isinstance(teacher, str) else teacher
+
+            def pyramid(images):
+                return model.pyramid(model.stages(images))
+
+        pyramid(ops.zeros((1, 64, 64, 3)))
+    except Exception as error:  # no network, no such file, no detector: of many types
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        raise ValueError(f"cannot load the teacher {teacher} ({reason}): use none, a detector with a pyramid of "
+                         "torchvision.models.detection, or the model.keras of a run of this task") from error
+    return torch.no_grad()(lambda images: [x.permute(0, 2, 3, 1) for x in list(pyramid(images).values())[:4]])
 
 
 # ---- What train.py asks for ----
@@ -685,16 +954,17 @@ def build(options, dataset, steps_per_epoch):
         raise ValueError("inrn has no separate INR to compile: leave out --compile")
     image_shape, num_classes, name = dataset.image_shape, len(dataset.class_names), options.teacher
     teacher, models = None, []
-    if name == "train":
-        teacher = residual_cnn(image_shape, num_classes, options.stem_stride)
+    if name in ("train", "resnet56"):
+        size = {} if name == "train" else {"widths": (16, 32, 64), "blocks": 9}
+        teacher = residual_cnn(image_shape, num_classes, options.stem_stride, **size)
         models.append(("teacher", Distiller(teacher), options.teacher_epochs))
     elif name != "none":
         try:
             teacher = resnet101(image_shape) if name == "resnet101" else keras.saving.load_model(name, compile=False)
         except Exception as error:  # no network, images too small, no such file, not a Keras file: of many types
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-            raise ValueError(f"cannot load the teacher {name} ({reason}): use train, none, resnet101 or a Keras "
-                             "classifier's .keras file") from error
+            raise ValueError(f"cannot load the teacher {name} ({reason}): use train, resnet56, none, resnet101 or a "
+                             "Keras classifier's .keras file") from error
     keras.utils.set_random_seed(options.seed)  # the same initial weights with every teacher
     student = INRN(image_shape[-1], num_classes, options.widths, options.blocks, options.stem_stride,
                    options.compression, options.activation, options.hybrid)
@@ -751,6 +1021,60 @@ def report_fits(models, frames, times, class_names, finer):
     return {}, {"fit": rows}
 
 
+def build_detector(options, dataset, steps_per_epoch, masks):
+    """The detector, as a list of one model."""
+    if options.compile:
+        raise ValueError("inrn has no separate INR to compile: leave out --compile")
+    chosen = {name: getattr(options, name) for name in DETECTION_HYPERPARAMETERS}
+    rate, decay, epochs, _ = (chosen.pop(name) for name in ("rate", "weight_decay", "epochs", "batch_size"))
+    if chosen["backbone"] != "inrn":
+        for name in ("widths", "blocks", "stem_stride", "compression", "activation", "hybrid"):
+            del chosen[name]
+    chosen["teacher"] = None if options.teacher == "none" else options.teacher
+    model = Detector(len(dataset.class_names), dataset.image_shape[0], masks, seed=options.seed, **chosen)
+    model.compile(epochs * steps_per_epoch, rate, decay)
+    return [("", model, epochs)]
+
+
+def report_detections(models, images, labels, class_names, finer):
+    """Figure "detections": images with the objects that were found with a score of at least 0.5, and the true ones. No
+    results."""
+    from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+
+    def draw(image, objects):
+        factor = max(1, 384 // max(image.shape[:2]))  # lines and text need some pixels
+        image = np.rint(127.5 * (image + 1)).astype("uint8").repeat(factor, 0).repeat(factor, 1)
+        picture = torch.tensor(image).permute(2, 0, 1)
+        colors = [tuple(int(255 * x) for x in colorsys.hsv_to_rgb(0.618 * label % 1, 1, 1))
+                  for label in objects["labels"]]
+        if "masks" in objects and colors:
+            masks = torch.tensor(objects["masks"] > 0.5).repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+            picture = draw_segmentation_masks(picture, masks, 0.5, colors)
+        if colors:
+            names = [class_names[label] for label in objects["labels"]]
+            picture = draw_bounding_boxes(picture, torch.tensor(objects["boxes"] * factor), names, colors, width=2)
+        return picture.permute(1, 2, 0).numpy() / 127.5 - 1
+
+    model, rows = models["inrn"], [[]]
+    for index, image in enumerate(images[:4]):
+        found = keras.tree.map_structure(ops.convert_to_numpy, model(image[None])[0])
+        found = {name: values[found["scores"] >= 0.5] for name, values in found.items()}
+        rows[0].append((draw(image, found), f"{len(found['labels'])} found"))
+        if labels is not None:
+            rows += [[]] if index == 0 else []
+            there = {name: values[index][labels["labels"][index] >= 0] for name, values in labels.items()}
+            rows[1].append((draw(image, there), "ground truth"))
+    return {}, {"detections": rows}
+
+
+def describe_detections(model, image, class_names):
+    """The objects in an image (1, H, W, 3) with a score of at least 0.5, as text."""
+    found = model(image)[0]
+    objects = zip(*(found[name].tolist() for name in ("labels", "scores", "boxes")))
+    return ", ".join(f"{class_names[label]} {score:.1%} at {', '.join(f'{x:.0f}' for x in box)}"
+                     for label, score, box in objects if score >= 0.5) or "nothing found"
+
+
 # The changes of each variant. Table 3 does not give the numbers of blocks "before" and "after" more of them are moved
 # to the middle; ours are eight in all. Only the ablation of distillation has a teacher.
 ABLATIONS = {
@@ -769,4 +1093,9 @@ TASKS = {
                                       ablations=ABLATIONS),
     "fit": types.SimpleNamespace(presets=FIT_PRESETS, hyperparameters=FIT_HYPERPARAMETERS, build=build_fits,
                                  report=report_fits, ablations=FIT_ABLATIONS),
+    **{task: types.SimpleNamespace(
+        presets=DETECTION_PRESETS, hyperparameters=DETECTION_HYPERPARAMETERS, report=report_detections,
+        build=functools.partial(build_detector, masks=task == "segment"), describe=describe_detections,
+        ablations={"backbone": [{"backbone": name} for name in ("inrn", "resnet18")]})
+       for task in ("detect", "segment")},
 }

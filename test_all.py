@@ -34,6 +34,45 @@ import inrn
 import mwt
 import train
 
+try:
+    import pycocotools.mask
+    import torchvision
+except RuntimeError:  # torchvision's operators want the CUDA build of PyTorch: similar ones in Python
+    def nms(boxes, scores, threshold):
+        order, kept = scores.argsort(descending=True, stable=True).tolist(), []
+        boxes = boxes.double()
+        for i in order:
+            low, high = (torch.stack([boxes[i]] * len(kept)), boxes[kept]) if kept else (boxes[:0], boxes[:0])
+            sides = torch.minimum(low[:, 2:], high[:, 2:]) - torch.maximum(low[:, :2], high[:, :2])
+            both = sides.clamp(min=0).prod(1)
+            areas = [(part[:, 2:] - part[:, :2]).prod(1) for part in (low, high)]
+            kept += [i] if (both <= threshold * (sum(areas) - both)).all() else []
+        return torch.tensor(kept, dtype=torch.int64)
+
+    def roi_align(features, regions, spatial_scale, height, width, sampling_ratio, aligned):
+        """Two samples in each direction of a cell, whatever the sampling_ratio."""
+        corners = regions[:, 1:] * spatial_scale
+        ticks = [(torch.arange(2 * count) + 0.5) / (2 * count) for count in (width, height)]
+        x, y = (low[:, None] + (high - low)[:, None].clamp(min=1) * tick for low, high, tick in
+                zip(corners[:, :2].T, corners[:, 2:].T, ticks))
+        sides = torch.tensor(features.shape[:1:-1]) - 1
+        grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), -1) / sides.clamp(min=1) * 2 - 1
+        features = features[regions[:, 0].long()]
+        return functional.avg_pool2d(functional.grid_sample(features, grid, "bilinear", "border", True), 2)
+
+    for module in [name for name in sys.modules if name.startswith("torchvision")]:
+        del sys.modules[module]
+    for operator in ("nms", "qnms"):
+        torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float threshold) -> Tensor")
+        torch.library.impl(f"torchvision::{operator}", "cpu")(nms)
+    import torchvision
+
+    sys.modules["torchvision.ops.boxes"]._assert_has_ops = lambda: None
+    sys.modules["torchvision.ops.roi_align"]._roi_align = roi_align
+except ImportError:
+    torchvision = None
+
+needs_torchvision = pytest.mark.skipif(not torchvision, reason="torchvision and pycocotools are not installed")
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras's, with NumPy 2
 HERE = pathlib.Path(__file__).parent
 SMALL = ["--batch-size", "16", "--epochs", "2", "--validation-images", "20", "--limit", "100", "--save-every", "3"]
@@ -45,6 +84,12 @@ RUNS = {
     "fit": ["--method", "inrn", "--task", "fit", "--image-size", "24", "--parameters", "3000", "--blocks", "1",
             "--compare", "--epochs", "2", "--batch-size", "16", "--save-every", "5"],
 }
+SMALL_DETECTOR = dict(widths="8,8,8,12", blocks="1,1,1,1", stem_stride=4, pyramid_width=8, head_width=16, anchor_size=8,
+                      proposals=16, samples=8)
+if torchvision:
+    RUNS["segment"] = ["--method", "inrn", "--task", "segment", "--image-size", "48", "--limit", "32", "--augment",
+                       "--batch-size", "8", "--validation-images", "8", "--epochs", "2", "--save-every", "3",
+                       *[text for name, value in SMALL_DETECTOR.items() for text in (train.flag(name), str(value))]]
 
 
 def run_python(*arguments, cwd=HERE, **environment):
@@ -93,7 +138,7 @@ def small_inrn(channels=1, classes=10, **changes):
 
 def small_teacher(classes=10, size=16, softmax=False):
     keras.utils.set_random_seed(2)
-    teacher = inrn.residual_cnn((size, size, 1), classes, stem_stride=2, width=4)
+    teacher = inrn.residual_cnn((size, size, 1), classes, stem_stride=2, widths=(4, 8, 16, 16))
     return keras.Model(teacher.inputs, keras.layers.Softmax()(teacher.output)) if softmax else teacher
 
 
@@ -717,7 +762,9 @@ def test_the_distillation_loss_equals_plain_pytorch(softmax):
     assert float(metrics["loss"]) == pytest.approx(float(expected), rel=1e-3)
     assert float(metrics["distillation"]) == pytest.approx(float(0.5 * distance + 0.25 * 9 * divergence), rel=1e-3)
     assert all(map(np.array_equal, before, teacher.get_weights()))
-    assert distiller.test_step((images, labels)).keys() == {"loss", "accuracy"}
+    top = distiller.test_step((images, labels))
+    assert top.keys() == {"loss", "accuracy", "top5_accuracy"}
+    assert float(top["top5_accuracy"]) >= float(top["accuracy"])
 
 
 def test_the_teacher_reaches_every_stage_and_is_not_saved_with_the_student(tmp_path):
@@ -946,7 +993,269 @@ assert int(optimizer.iterations) == 2 and abs(optimizer.variables[2].numpy() - c
     assert result.returncode == 0 and "accuracy" in result.stdout, result.stderr
 
 
+# ---- inrn.py: detection and segmentation ----
+
+
+def small_detector(masks=True, **changes):
+    keras.utils.set_random_seed(1)
+    return inrn.Detector(10, 48, masks, **{**SMALL_DETECTOR, **changes})
+
+
+def few_scenes(count=4, **options):
+    split = data.load_objects("scenes", image_size=48, masks=True, **options).train
+    images, targets = split.examples(np.arange(count))
+    return torch.tensor(images), {name: torch.tensor(values) for name, values in targets.items()}
+
+
+@needs_torchvision
+@pytest.mark.parametrize("backbone", ["inrn", "resnet18"])
+def test_a_detector_learns_the_losses_of_torchvision(backbone, tmp_path):
+    """Its training step equals one of torchvision's own Mask R-CNN around the same backbone, all of which learns."""
+    options = {name: value for name, value in SMALL_DETECTOR.items() if name not in ("widths", "blocks", "stem_stride")}
+    model = small_detector() if backbone == "inrn" else inrn.Detector(10, 48, True, backbone, **options)
+    stirred(model.body, 0.01)
+    model.compile(total_steps=9, rate=0.0)
+    images, targets = few_scenes()
+    targets["crowd"][0, 0] = 1  # is not learned
+    rcnn, seeds = model.rcnn.module, keras.random.SeedGenerator(0)
+
+    class Body(torch.nn.Module):
+        def forward(self, x):
+            outputs = model.body.stage_outputs(x.permute(0, 2, 3, 1)) if backbone == "inrn" else model.body.module(x)
+            return rcnn.backbone({str(i): x.permute(0, 3, 1, 2) if backbone == "inrn" else x
+                                  for i, x in enumerate(outputs.values())})
+
+    whole = torchvision.models.detection.generalized_rcnn.GeneralizedRCNN(
+        Body(), rcnn.rpn, rcnn.roi_heads, rcnn.transform)
+    objects = [{name: targets[name][i][targets["labels"][i] >= 0][i == 0:] for name in ("boxes", "labels", "masks")}
+               for i in range(len(images))]
+    objects = [one | {"labels": one["labels"] + 1} for one in objects]
+    torch.manual_seed(int(seeds.next()[0]))
+    expected = whole.train()(list(images.permute(0, 3, 1, 2)), objects)
+    metrics = model.train_step((images, targets))
+    for name, value in expected.items():
+        assert float(metrics[name.removeprefix("loss_")]) == pytest.approx(float(value), rel=1e-4)
+    assert float(metrics["loss"]) == pytest.approx(float(sum(expected.values())), rel=1e-4)
+    assert all(variable.value.grad.abs().max() > 0 for variable in model.body.trainable_variables)
+    found = whole.eval()(list(images.permute(0, 3, 1, 2)))
+    model.save(tmp_path / "model.keras")
+    for one, two, three in zip(found, model(images), keras.saving.load_model(tmp_path / "model.keras")(images)):
+        assert len(one["boxes"]) and (one["labels"] == two["labels"] + 1).all()
+        torch.testing.assert_close(two["labels"], three["labels"])
+        for name in ("boxes", "scores", "masks"):
+            torch.testing.assert_close(one[name].reshape(two[name].shape), two[name], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(three[name], two[name])
+
+
+@needs_torchvision
+def test_a_pyramid_teaches_the_stages(tmp_path):
+    """Equation 3 in plain PyTorch; the teacher is not a part of the student."""
+    teacher, (images, targets) = small_detector(masks=False, pyramid_width=12), few_scenes()
+    teacher.save(tmp_path / "teacher.keras")
+    before, model = teacher.get_weights(), small_detector(teacher=str(tmp_path / "teacher.keras"), feature_weight=0.5)
+    model.compile(total_steps=9)
+    with torch.no_grad():
+        padded = functional.pad(images, (0, 0, 0, 16, 0, 16))  # to a multiple of 32 pixels
+        stages = model.body.stage_outputs(padded).values()
+        levels = list(teacher.rcnn.module.backbone({name: x.permute(0, 3, 1, 2) for name, x in
+                                                    teacher.body.stage_outputs(padded).items()}).values())[:4]
+        expected = 0.0
+        for align, x, level in zip(model.alignment, stages, levels, strict=True):
+            flat = level.permute(0, 2, 3, 1).flatten(1)
+            taught = (flat - flat.mean(1, keepdim=True)) / torch.sqrt(flat.var(1, keepdim=True, correction=0) + 1e-6)
+            aligned = x @ align.kernel.value[0, 0] + align.bias.value
+            expected += 0.5 * ((aligned.flatten(1) - taught) ** 2).mean()
+    assert float(model.train_step((images, targets))["distillation"]) == pytest.approx(float(expected), rel=1e-4)
+    assert all(align.kernel.value.grad.abs().max() > 0 for align in model.alignment)
+    assert all(map(np.array_equal, before, teacher.get_weights()))
+    alone = small_detector()
+    assert len(model.trainable_variables) == len(alone.trainable_variables) + 8
+    for name in ("no_such_detector", str(tmp_path / "missing.keras")):
+        with pytest.raises(ValueError, match="cannot load the teacher"):
+            small_detector(teacher=name)
+
+
+@needs_torchvision
+def test_average_precisions_of_cases_computed_by_hand():
+    """The precision is interpolated at 101 recalls; a crowd is neither a hit nor a miss."""
+    def precision(found, there, crowd=(0, 0), masks=None):
+        metric = inrn.AveragePrecision(masks is not None)
+        target = {"boxes": torch.Tensor(there), "labels": torch.zeros(len(there)).long(),
+                  "iscrowd": torch.tensor(crowd[:len(there)])}
+        one = {"boxes": torch.Tensor([box for box, _ in found]).reshape(-1, 4),
+               "scores": torch.Tensor([score for _, score in found]), "labels": torch.zeros(len(found)).long()}
+        if masks:
+            target["masks"], one["masks"] = masks
+        metric.update_state([target], [one])
+        return {name: round(value, 4) for name, value in metric.result().items()}
+
+    first, second, other = (0, 0, 10, 10), (20, 20, 40, 40), (60, 60, 70, 70)
+    assert precision([(first, 0.9), (second, 0.8)], [first, second]) == dict(map=1, map_50=1, map_75=1)
+    half = round(51 / 101, 4)  # recalls 0 to 0.5
+    assert precision([(first, 0.9)], [first, second]) == dict(map=half, map_50=half, map_75=half)
+    assert precision([(other, 0.9), (first, 0.8)], [first])["map_50"] == 0.5
+    assert precision([((0, 0, 10, 6.2), 0.9)], [first]) == dict(map=0.3, map_50=1, map_75=0)  # overlap 0.62
+    assert precision([(first, 0.9), (second, 0.95)], [first, second], crowd=(0, 1))["map"] == 1
+    assert precision([], [first])["map"] == 0
+    square, part_of_it = torch.zeros(2, 1, 12, 12, dtype=torch.bool)
+    square[0, :10, :10] = part_of_it[0, :9, :8] = True
+    results = precision([(first, 0.9)], [first], masks=(square, part_of_it))
+    assert results == dict(bbox_map=1, bbox_map_50=1, bbox_map_75=1, segm_map=0.5, segm_map_50=1,
+                           segm_map_75=0)  # overlap 0.72
+
+
+@needs_torchvision
+def test_predicted_objects_are_printed_and_drawn(runs, tmp_path, capsys, monkeypatch):
+    """In the pixels of the user's picture, whatever its size."""
+    folder, picture = shutil.copytree(runs / "segment", tmp_path / "run"), tmp_path / "scene.png"
+    Image.fromarray(data.scenes([3], 96)[0][0][:, :80]).save(picture)
+    assert train.main(["--predict", str(folder), str(picture)]) == 0
+    assert capsys.readouterr().out == f"{picture}: nothing found\n"
+    detect = inrn.Detector.detect
+
+    def certain(self, images, targets=None):
+        return [one | {"scores": one["scores"] * 0 + 0.9} for one in detect(self, images, targets)]
+
+    monkeypatch.setattr(inrn.Detector, "detect", certain)
+    assert train.main(["--predict", str(folder), str(picture)]) == 0
+    model = keras.saving.load_model(folder / "model.keras")
+    one = model(data.scale(np.asarray(Image.open(picture)))[None])[0]
+    assert one["masks"].shape[1:] == (96, 80) and 48 < one["boxes"].max() <= 96
+    box = ", ".join(f"{x:.0f}" for x in one["boxes"][0].tolist())
+    assert f"{data.SHAPES[one['labels'][0]]} 90.0% at {box}" in capsys.readouterr().out
+    assert Image.open(folder / "predictions" / "0-scene-detections.png").size[0] > 200
+
+
+def test_detection_without_torchvision_is_refused(tmp_path, refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision.models.detection", None)
+    if torchvision:
+        assert "pip install torchvision" in refused("--method", "inrn", "--task", "detect", "--validation-images", 4,
+                                                    "--run-dir", tmp_path / "run")
+    monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
+    assert "pip install torchvision" in refused("--method", "inrn", "--task", "segment", "--run-dir", tmp_path / "run")
+
+
+def test_resnet_56_has_its_published_size():
+    """0.85 million parameters (He et al., table 6), without convolutions in shortcuts, which have 2,560 + 192."""
+    model = inrn.residual_cnn((32, 32, 3), 10, widths=(16, 32, 64), blocks=9)
+    weights = sum(int(np.prod(variable.shape)) for variable in model.trainable_variables)
+    assert round((weights - 2_752) / 1e6, 2) == 0.85
+    assert sum(isinstance(layer, keras.layers.Conv2D) for layer in model.layers) - 2 + 1 == 56  # and the dense layer
+    student = inrn.INRN(3, 100, widths="4,4,4,4", blocks="1,1,1,1")
+    assert {*inrn.match_layers(model, student, (32, 32, 3))} == {"stage1", "stage2", "stage3"}
+
+
 # ---- data.py ----
+
+
+@needs_torchvision
+def test_scenes_have_exact_boxes_and_masks():
+    images, targets = data.scenes([5, 6, 7], size=96, masks=True)
+    again, _ = data.scenes([7], size=96)
+    np.testing.assert_array_equal(again[0], images[2])
+    assert not np.array_equal(again, data.scenes([7], size=96, seed=1)[0])
+    fine = data.scenes([5, 6, 7], size=192)[1]
+    for target, finer in zip(targets, fine):
+        masks = pycocotools.mask.decode(target["masks"]).transpose(2, 0, 1)
+        assert masks.sum(axis=0).max() == 1 and 2 <= len(masks) <= 8  # visible parts do not overlap
+        for mask, (left, top, right, bottom) in zip(masks, target["boxes"].astype(int)):
+            assert mask[top:bottom, left:right].sum() == mask.sum() > 8
+            assert all(side.any() for side in (mask[top], mask[bottom - 1], mask[:, left], mask[:, right - 1]))
+        np.testing.assert_array_equal(target["labels"], finer["labels"])
+        assert abs(target["boxes"] * 2 - finer["boxes"]).max() <= 2
+    dataset = data.load_objects("scenes")
+    assert dataset.image_shape == (128, 128, 3) and "masks" not in dataset.test.examples(np.arange(2))[1]
+    assert not np.array_equal(dataset.train[np.arange(1)][0], dataset.test[np.arange(1)][0])
+
+
+@needs_torchvision
+def test_objects_are_augmented_with_their_images():
+    """An object is as bright as nothing else, so its box and mask can be seen in the augmented image."""
+    image, mask = np.full((1, 64, 64, 3), 128, np.uint8), np.zeros((64, 64), np.uint8)
+    image[0, 10:40, 20:60], mask[10:40, 20:60] = 255, 1
+    split = data.Objects(32, lambda indices: (np.repeat(image, len(indices), 0), [
+        data._target([(20, 10, 60, 40)], [3], [0], [mask]) for _ in indices]))
+    images, targets = data.Batches(split, None, 32, 0, augment=True, flip=True)[0]
+    sizes, mirrored = set(), 0
+    for picture, boxes, labels, masks in zip(images, *(targets[name] for name in ("boxes", "labels", "masks"))):
+        bright = picture[:, :, 0] > 0.5
+        assert (labels[0] == 3) == (bright.sum() > 4)
+        if labels[0] == 3 and bright.sum() > 4:
+            rows, columns = bright.any(axis=1).nonzero()[0], bright.any(axis=0).nonzero()[0]
+            np.testing.assert_allclose(boxes[0], [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], atol=1.6)
+            assert (masks[0] != bright).mean() < 0.05
+            sizes.add(round(float(boxes[0][2] - boxes[0][0])))
+            mirrored += boxes[0][0] > 32
+    assert len(sizes) > 10 and mirrored
+    share = data.Batches(split, None, 32, 0, augment=True, flip=True, share=slice(1, None, 2))[0]
+    np.testing.assert_array_equal(share[0], images[1::2])
+    np.testing.assert_array_equal(share[1]["boxes"], targets["boxes"][1::2])
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """A folder in the form of COCO 2017: a polygon, run lengths, a crowd, no area; an image without objects."""
+    categories = [{"id": 3, "name": "cat"}, {"id": 90, "name": "dog"}]  # with gaps
+    images = [dict(id=i, file_name=f"{i}.jpg", width=80, height=60) for i in (7, 9, 12)]
+    mask = np.zeros((60, 80), np.uint8)
+    mask[20:40, 30:70] = 1
+    runs = np.diff(np.flatnonzero(np.diff(mask.T.ravel(), prepend=2, append=2))).tolist()
+    annotations = [
+        dict(image_id=7, category_id=90, bbox=[8, 4, 16, 32], iscrowd=0, area=512,
+             segmentation=[[8, 4, 24, 4, 24, 36, 8, 36]]),
+        dict(image_id=7, category_id=3, bbox=[30, 20, 40, 20], iscrowd=1, area=800,
+             segmentation={"counts": runs, "size": [60, 80]}),
+        dict(image_id=9, category_id=3, bbox=[30, 20, 40, 20], iscrowd=0, area=800,
+             segmentation={"counts": runs, "size": [60, 80]}),
+        dict(image_id=9, category_id=3, bbox=[5, 5, 0, 9], iscrowd=0, area=0, segmentation=[[5, 5, 5, 14, 5, 14]])]
+    annotations = [{"id": i, **annotation} for i, annotation in enumerate(annotations, 1)]
+    content = dict(images=images, categories=categories, annotations=annotations)
+    (tmp_path / "annotations").mkdir()
+    for part in ("train2017", "val2017"):
+        (tmp_path / part).mkdir()
+        (tmp_path / "annotations" / f"instances_{part}.json").write_text(json.dumps(content))
+        for i, image in enumerate(images):
+            Image.new("RGB", (80, 60), (90 * i, 0, 255)).save(tmp_path / part / image["file_name"])
+    return tmp_path
+
+
+@needs_torchvision
+def test_coco_is_read(coco, capsys):
+    dataset = data.load_objects("coco", str(coco), image_size=40, masks=True)
+    assert "coco: 2 boxes have no area" in capsys.readouterr().out
+    assert dataset.class_names == ("cat", "dog") and (len(dataset.train), len(dataset.test)) == (2, 3) and dataset.flip
+    images, targets = dataset.test.examples(np.arange(3))
+    assert images.shape == (3, 40, 40, 3) and abs(images[:, 30:]).max() < 0.01  # grey below 40×30 pixels
+    np.testing.assert_array_equal(targets["labels"], [[1, 0], [0, -1], [-1, -1]])
+    np.testing.assert_array_equal(targets["crowd"], [[0, 1], [0, 0], [0, 0]])
+    np.testing.assert_allclose(targets["boxes"][0], [[4, 2, 12, 18], [15, 10, 35, 20]])
+    expected = np.zeros((2, 40, 40))
+    expected[0, 2:18, 4:12] = expected[1, 10:20, 15:35] = 1
+    np.testing.assert_array_equal(targets["masks"][0], expected)
+    np.testing.assert_array_equal(targets["masks"][1, 0], expected[1])
+    assert not targets["masks"][2].any()
+
+
+@needs_torchvision
+@pytest.mark.parametrize("damage, hint", [
+    (lambda folder, content: (folder / "annotations" / "instances_val2017.json").unlink(), "val2017.json is missing"),
+    (lambda folder, content: shutil.rmtree(folder / "train2017"), "train2017 is missing"),
+    (lambda folder, content: (folder / "val2017" / "9.jpg").unlink(), "1 images, such as 9.jpg, are not in val2017"),
+    (lambda folder, content: content["annotations"][0].update(image_id=5), "annotation 1 is of image 5"),
+    (lambda folder, content: content["annotations"][0].update(category_id=5), "category 5"),
+    (lambda folder, content: content.pop("images"), "instances_train2017.json"),
+    (None, "--image-size")])
+def test_a_broken_coco_folder_is_refused(coco, tmp_path, refused, damage, hint):
+    path = coco / "annotations" / "instances_train2017.json"
+    content = json.loads(path.read_text())
+    if damage:
+        damage(coco, content)
+        path.write_text(json.dumps(content))
+    size = ["--image-size", "40"] if damage else []
+    assert hint in refused("--method", "inrn", "--task", "detect", "--dataset", "coco", "--data-dir", coco, *size,
+                           "--run-dir", tmp_path / "run")
+
+
 
 
 def test_shapes_depend_on_seed_and_index_and_are_defined_at_every_resolution():
@@ -1156,6 +1465,10 @@ def test_large_images_are_rotated_cropped_scaled_and_mirrored():
     split = data.Split(64, lambda indices: (images[indices], indices))
     batch, _ = data.Batches(split, None, 64, 0, augment=True)[0]
     assert batch.shape == (64, 128, 128, 3) and (batch == -1).all(axis=-1).any()  # black corners
+    crops = data.augment_large(images, np.random.default_rng(1), False, crop=True).astype(int)
+    heights, widths = (abs(crops[:, -1, -1, i] - crops[:, 0, 0, i]) / 127 for i in (0, 1))
+    assert (heights * widths).min() < 0.2 and (heights * widths).max() > 0.9
+    assert (np.ptp(crops[..., 1], axis=1) == 0).all()  # not rotated
     small = data.augment(images[1::2], np.random.default_rng(1), True, slice(1, None, 2), 64)
     np.testing.assert_array_equal(small, data.augment(images, np.random.default_rng(1), True)[1::2])
 
@@ -1165,7 +1478,7 @@ def test_large_images_are_rotated_cropped_scaled_and_mirrored():
 
 @pytest.fixture(scope="session", autouse=True)
 def few_shapes():
-    """Reduces `shapes` to 2,200 training and 100 test images."""
+    """Reduces `shapes` to 2,200 training and 100 test images, and `scenes` to 50 training and 9 test images."""
     def load(name, data_dir=None, image_size=None, seed=0, points=None, squash=False, load=data.load):
         draw = functools.partial(data.shapes, size=image_size or 28, seed=seed)
         few = dict(train=data.Split(2_200, draw), test=data.Split(100, lambda indices: draw(10_000 + indices)))
@@ -1174,6 +1487,7 @@ def few_shapes():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(data.LOADERS, "classify", load)
+        patch.setattr(data, "SCENES", (50, 9))
         yield
 
 
@@ -1204,7 +1518,7 @@ def run_with_signals(folder, *signals):
 def runs(tmp_path_factory):
     """A folder with a finished run of each of RUNS, and with an interrupted one."""
     folder = tmp_path_factory.mktemp("runs")
-    assert [run(name, folder / name) for name in RUNS] == [0, 0, 0, 0]
+    assert not any([run(name, folder / name) for name in RUNS])
     assert run_with_signals(folder / "interrupted", signal.SIGINT) == 130
     return folder
 
@@ -1254,7 +1568,8 @@ def assert_same_run(folder, reference):
 
 @pytest.mark.parametrize("name, figures, parts", [
     ("mwt", {"reconstructions.png"}, []), ("hyperinr", {"reconstructions.png"}, []),
-    ("inrn", {"stages.png"}, ["teacher"]), ("fit", {"fit.png"}, ["relu", "siren"])])
+    ("inrn", {"stages.png"}, ["teacher"]), ("fit", {"fit.png"}, ["relu", "siren"]),
+    pytest.param("segment", {"detections.png"}, [], marks=needs_torchvision)])
 def test_a_whole_run(runs, name, figures, parts, tmp_path, refused):
     folder = shutil.copytree(runs / name, tmp_path / "run")
     assert {str(path) for path in contents(folder)} == {
@@ -1265,13 +1580,18 @@ def test_a_whole_run(runs, name, figures, parts, tmp_path, refused):
     assert {name: value for name, value in options.items() if name not in train.NOT_IN_CONFIG}.items() <= config.items()
     assert config["versions"]["torch"] == torch.__version__ and results["device"] and results["seconds_per_epoch"] > 0
     history = list(csv.DictReader((folder / "history.csv").open(newline="")))
-    assert [row["epoch"] for row in history] == ["0", "1", "2"][:2 + (name == "hyperinr")] and "val_loss" in history[0]
+    assert [row["epoch"] for row in history] == ["0", "1", "2"][:2 + (name == "hyperinr")]
+    assert ("val_segm_map_50" if name == "segment" else "val_loss") in history[0]
     for part in ["", *parts]:
         model, found = keras.saving.load_model(folder / part / "model.keras"), results[part] if part else results
         assert found["parameters"] == model.count_params()
         if name == "fit":
             squared = np.square(model.render([0.0], 24, 24) - data.scale(data.shapes_mosaic(24))).mean()
             assert found["test_psnr"] == pytest.approx(10 * math.log10(4 / squared), rel=1e-4)
+        elif name == "segment":
+            images, targets = data.load_objects("scenes", image_size=48, masks=True).test.examples(np.arange(9))
+            metrics = model.evaluate(images, targets, batch_size=4, verbose=0, return_dict=True)
+            assert {f"test_{metric}": value for metric, value in metrics.items()}.items() <= results.items()
         else:
             images, labels = data.shapes(range(10_000, 10_100))
             accuracy = (model.predict(data.scale(images), verbose=0).argmax(-1) == labels).mean()
@@ -1280,8 +1600,8 @@ def test_a_whole_run(runs, name, figures, parts, tmp_path, refused):
     assert "already holds a run" in refused(*RUNS[name], "--run-dir", folder)
     assert train.main(["--resume", str(folder)]) == 0 and before == contents(folder)
     assert train.main(["--evaluate", str(folder)]) == 0
-    assert results_of(folder / "evaluation-shapes") == results_of(folder)
-    assert {path.name for path in (folder / "evaluation-shapes").glob("*.png")} == figures
+    evaluation, = folder.glob("evaluation-*")
+    assert results_of(evaluation) == results_of(folder) and {path.name for path in evaluation.glob("*.png")} == figures
 
 
 def test_two_processes_train_like_one_and_go_on_after_a_kill(tmp_path):

@@ -15,6 +15,7 @@ A method is a file beside this one that defines `TASKS`, a dict from a task ("cl
                      figures {name: rows of (picture, title)}
     ablations        {name: [{hyperparameter: value}, …]}, one dict per variant
     points           optional, for surfaces: options -> the argument `points` of `data.load_surfaces`
+    describe         optional: (model, input, class_names) -> what --predict prints; otherwise the likeliest classes
 """
 
 import argparse
@@ -109,10 +110,12 @@ def parse(arguments):
         return getattr(parser.parse_known_args(arguments)[0], name)
 
     method = importlib.import_module(choose("method", METHODS, METHODS[0]))
-    task = method.TASKS[choose("task", method.TASKS, "classify")]
-    add = parser.add_argument
-    add("--dataset", default="shapes", help="shapes (default), solids, modelnet10, modelnet40, or the TFDS name of an "
-        "image classification dataset; with --task fit: shapes, shapes-video, an image file, or a folder of frames")
+    name = choose("task", method.TASKS, "classify")
+    task, add = method.TASKS[name], parser.add_argument
+    add("--dataset", default=data.BUILT_IN.get(name, "shapes"),
+        help="shapes (default), solids, modelnet10, modelnet40, or the TFDS name of an image classification dataset; "
+             "with --task fit: shapes, shapes-video, an image file, or a folder of frames; with --task detect and "
+             "segment: scenes (default) or coco")
     surfaces = parser.parse_known_args(arguments)[0].dataset in data.SURFACES and "quick-3d" in task.presets
     preset = task.presets[choose("preset", task.presets, "quick-3d" if surfaces else "quick")]
     add("--seed", type=number(int, 0), default=0, help="of weights, data order, augmentation and shapes (default: 0)")
@@ -120,8 +123,9 @@ def parse(arguments):
     add("--validation-images", type=number(int, 0), help="training images held out for validation (default: 2000)")
     add("--image-size", type=number(int, 8), help="scale and crop images to this size; frames: longest side (320)")
     add("--squash", action="store_true", help="scale images without keeping their aspect ratio, instead of cropping")
-    add("--augment", action="store_true", help="shift images at random, and mirror them unless they show characters; "
-        "rotate and scale images of 128×128 and more")
+    add("--augment", nargs="?", const=True, default=False, choices=["crop"],
+        help="shift images at random, and mirror them unless they show characters; rotate and scale images of 128×128 "
+             "and more; with crop: random resized crops instead; with objects: scale, crop and mirror")
     add("--memory", type=number(float, 0), default=1.0, help="GB of images that each split keeps in memory (default: 1)")
     add("--data-dir", type=os.path.abspath, help="folder of ModelNet or TFDS ($TFDS_DATA_DIR or ~/tensorflow_datasets)")
     add("--run-dir", type=pathlib.Path, help="output folder (default: runs/<method>-<task>-<dataset>-<preset>-<seed>)")
@@ -572,8 +576,10 @@ def report(options, task, dataset, folder, target):
         metrics = evaluate_model(model, evaluation_batches(dataset, dataset.test))
         values = {f"test_{metric}": value for metric, value in metrics.items()} | {"parameters": model.count_params()}
         results |= values if name == options.method else {name: values}
-        formats = {"accuracy": "test accuracy {:.2%}", "psnr": "PSNR {:.2f} dB", "ssim": "SSIM {:.4f}",
-                   "mae": "mean absolute error {:.4f}"}
+        formats = {"accuracy": "test accuracy {:.2%}", "top5_accuracy": "top-5 {:.2%}",
+                   "psnr": "PSNR {:.2f} dB", "ssim": "SSIM {:.4f}", "mae": "mean absolute error {:.4f}",
+                   "map_50": "mAP@0.5 {:.1%}", "bbox_map_50": "mAP@0.5 of boxes {:.1%}",
+                   "segm_map_50": "mAP@0.5 of masks {:.1%}"}
         shown = [text.format(metrics[metric]) for metric, text in formats.items() if metric in metrics]
         print(f"{name}: {', '.join(shown)} on {len(dataset.test):,} examples; {model.count_params():,} parameters")
     if RANK:
@@ -602,9 +608,14 @@ def evaluate(options, task):
     print(target)
 
 
+def likeliest_classes(model, image, class_names):
+    probabilities = keras.ops.convert_to_numpy(keras.ops.softmax(model.predict(image, verbose=0)))[0]
+    return ", ".join(f"{class_names[label]} {probabilities[label]:.1%}" for label in np.argsort(-probabilities)[:3])
+
+
 def predict(options, task):
-    """Prints the three most likely classes of each image file and writes the method's figures for it. Returns 1 if a
-    file cannot be read."""
+    """Prints the three most likely classes of each image file, or what the task finds in it, and writes the method's
+    figures for it. Returns 1 if a file cannot be read."""
     folder, *files = options.predict
     if not options.class_names:
         refuse(f"--predict {folder}: a fit has no classes; use the folder of a classifier")
@@ -612,14 +623,12 @@ def predict(options, task):
     target.mkdir(exist_ok=True)
     for index, path in enumerate(files):
         try:
-            image, finer = data.read_example(options.dataset, path, options.image_shape, options.squash)
+            image, finer = data.read_example(options.task, options.dataset, path, options.image_shape, options.squash)
         except data.DataError as error:
             print(f"train.py: {error}", file=sys.stderr)
             status = 1
             continue
-        probabilities = keras.ops.convert_to_numpy(keras.ops.softmax(model.predict(image, verbose=0)))[0]
-        print(f"{path}: " + ", ".join(f"{options.class_names[label]} {probabilities[label]:.1%}"
-                                      for label in np.argsort(-probabilities)[:3]))
+        print(f"{path}: {vars(task).get('describe', likeliest_classes)(model, image, options.class_names)}")
         for name, rows in task.report({options.method: model}, image, None, options.class_names, finer)[1].items():
             draw_grid(rows, target / f"{index}-{path.stem[:100]}-{name}.png")
     return status
@@ -650,7 +659,8 @@ def draw_grid(rows, path):
     surface (X, Y, Z, 1), which are drawn by `view_surface`."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(1.3 * len(rows[0]), 1.6 * len(rows)), layout="constrained")
+    side = min(3, max(1.3, rows[0][0][0].shape[1] / 128))  # inches; text in pictures of 384 pixels has to be readable
+    figure = Figure(figsize=(side * len(rows[0]), (side + 0.3) * len(rows)), layout="constrained")
     for row, axes_row in zip(rows, figure.subplots(len(rows), len(rows[0]), squeeze=False)):
         for (picture, title), axes in zip(row, axes_row):
             picture = picture[..., 0] if picture.ndim > 2 and picture.shape[-1] == 1 else picture
@@ -690,10 +700,10 @@ def benchmark(options, task):
         timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
         return timer.blocked_autorange(min_run_time=3).median  # synchronizes with a GPU
 
-    dataset = load_dataset(options, task)
+    dataset, count = load_dataset(options, task), options.batch_size
     batch = to_tensors(training_batches(options, dataset)[0][0])
     model = dict((name, model) for name, model, _ in build(options, task, dataset, 1000))[""]
-    device, count = model.trainable_variables[0].value.device, len(batch[1])
+    device = model.trainable_variables[0].value.device
     print(f"{options.preset}: batch {(count, *dataset.image_shape)}, {device_name()}", flush=True)
     step_seconds = seconds(lambda: model.train_step(batch))
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
