@@ -129,7 +129,7 @@ def load_frames(name, data_dir=None, image_size=None, seed=0, points=None, squas
     return Dataset(train, every, shape, validation=every)
 
 
-SCENES = 20_000, 500  # in training, and otherwise
+SCENES = 10_000, 500  # for training and for testing
 
 
 def load_objects(name, data_dir=None, image_size=None, seed=0, points=None, squash=False, masks=False):
@@ -159,7 +159,7 @@ def load_objects(name, data_dir=None, image_size=None, seed=0, points=None, squa
             print(f"{name}: {sum(dropped):,} boxes have no area and are left out", flush=True)
     else:
         raise DataError(f"{name} has no objects with boxes: use --dataset scenes or coco")
-    return Dataset(*splits, (size, size, 3), tuple(names), flip=name == "coco")
+    return Dataset(*splits, (size, size, 3), tuple(names), flip=True)
 
 
 LOADERS = {"classify": load, "fit": load_frames, "detect": load_objects,

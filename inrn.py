@@ -110,8 +110,8 @@ PRESETS |= {"cifar100": SMALL | dict(teacher="resnet56", epochs=240, teacher_epo
             "imagenet": PRESETS["medium"] | dict(teacher="resnet101", epochs=100, batch_size=256)}
 # Hyperparameters of detection and segmentation: those of Mask R-CNN (He et al., ICCV 2017), and ours.
 DETECTION_HYPERPARAMETERS = {
-    "backbone": ("inrn", "inrn, or to compare it with, a ResNet of torchvision, such as resnet18, with group "
-                 "normalization"),
+    "backbone": ("inrn", "inrn, or to compare it with a ResNet with group normalization: resnet18, resnet34, resnet50 "
+                 "or resnet101"),
     **{name: HYPERPARAMETERS[name]
        for name in ("widths", "blocks", "stem_stride", "compression", "activation", "hybrid")},
     "pyramid_width": (256, "channels of each level of the feature pyramid"),
@@ -132,7 +132,7 @@ DETECTION_PRESETS = {"medium": {name: value for name, (value, _) in DETECTION_HY
 # quick is for a CPU and images of 128×128.
 DETECTION_PRESETS = {"quick": DETECTION_PRESETS["medium"] | dict(
     widths="32,64,128,128", blocks="1,1,2,1", pyramid_width=64, head_width=256, anchor_size=16, proposals=100,
-    samples=64, rate=2e-3, batch_size=8, epochs=5), **DETECTION_PRESETS}
+    samples=64, rate=2e-3, batch_size=8, epochs=2), **DETECTION_PRESETS}
 # Hyperparameters of fitting a picture or a video. All values are ours.
 FIT_HYPERPARAMETERS = {
     "compare": (False, "also fit networks of at most as many parameters: a SIREN and a ReLU MLP; for a video NeRV's "
@@ -808,6 +808,8 @@ class Detector(keras.Model):
             self.body.norm.trainable = self.body.head.trainable = False  # they only classify
             widths = numbers(self.body.config["widths"], "widths")
         else:
+            if backbone not in ("resnet18", "resnet34", "resnet50", "resnet101"):
+                raise ValueError(f"backbone must be inrn, resnet18, resnet34, resnet50 or resnet101; it is {backbone}")
             norm = functools.partial(torch.nn.GroupNorm, 32)
             resnet = detection.backbone_utils.resnet.__dict__[backbone](norm_layer=norm)
             widths = [resnet.inplanes // 8 * 2**i for i in range(4)]

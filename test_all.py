@@ -1871,6 +1871,8 @@ def test_progress(tmp_path, monkeypatch, capsys, terminal):
     assert json.loads((tmp_path / "run" / "results.json").read_text())["seconds_per_epoch"] == 48
 
 
+DETECTION_OPTIONS = [("--backbone vgg", "resnet18"), ("--dataset mnist", "scenes or coco"), ("--compile", "--compile"),
+                     ("--dataset coco", "--image-size 640"), ("--classifier cnn", "--classifier")]
 BAD_OPTIONS = [
     ("--method nerf", "mwt"), ("--preset huge", "paper-wide"), ("--precision int8", "mixed_bfloat16"),
     ("--dataset no_such_dataset", "shapes, mnist"), ("--dataset imagenette/9px", "imagenette/320px-v2"),
@@ -1896,6 +1898,8 @@ BAD_OPTIONS = [
         ("--alpha 2", "alpha"), ("--dataset no/such.png", "no/such.png"), ("--dataset .ci/run", "image"),
         ("--dataset .ci", "no image"), ("--precision mixed_bfloat16", "float32"), ("--augment", "--augment"),
         ("--limit 9", "--limit"), ("--validation-images 0", "--validation-images")]],
+    *[(f"--method inrn --task detect --validation-images 4 {arguments}", hint) for arguments, hint in
+      (DETECTION_OPTIONS if torchvision else ())],
 ]
 
 
@@ -2061,7 +2065,7 @@ def test_nan_keeps_good_weights(tmp_path, capsys, monkeypatch, what, spoil):
 def test_readme_commands_are_real(runs, monkeypatch):
     config = train.read_config(runs / "mwt")
     monkeypatch.setattr(train, "read_config", lambda folder: config)
-    readme = (HERE / "README.md").read_text()
+    readme = (HERE / "README.md").read_text().replace("\\\n", "")  # long commands have two lines
     commands = [shlex.split(command, comments=True) for command in re.findall(r"python train\.py([^\n`|]*)", readme)]
     assert all(["--method", "mwt", "--dataset", name] in commands for name in ("shapes", "mnist"))
     for command in commands:
