@@ -151,7 +151,7 @@ FIT_HYPERPARAMETERS = {
     "epochs": (20, "number of epochs; an epoch shows each frame equally often, and about 200 or more in all"),
 }
 FIT_QUICK = {name: value for name, (value, _) in FIT_HYPERPARAMETERS.items()}
-FIT_PRESETS = {"quick": FIT_QUICK, "video": FIT_QUICK | dict(parameters=200_000)}
+FIT_PRESETS = {"quick": FIT_QUICK, "video": FIT_QUICK | dict(parameters=200_000, rate=6e-3, batch_size=1)}
 
 
 # ---- The block ----
@@ -183,9 +183,8 @@ class INReBlock(keras.layers.Layer):
     added: the identity if the shape does not change, otherwise a strided convolution (a dense layer with "mlp"). The
     last layer starts at zero, so a new block equals its shortcut. Normalization and shortcut are ours.
 
-    upscale: s; above 1 the block returns (N, s H, s W, width) and has no stride. The convolution if it is between the
-    MLP's layers, otherwise the last layer, and a dense layer as the shortcut have s² times the channels, which become
-    pixels; no layer starts at zero.
+    upscale: s; above 1 the block returns (N, s H, s W, width), without stride or zeros; its layers are as wide as its
+    inputs. The last, or a convolution between the others, and a dense shortcut compute s² pixels for each position.
     compression: c; the MLP's hidden width is width / c. At 1 the block is flat; below 1 it expands first.
     activation: "gelu" (exact, not approximated) or "relu".
     hybrid (Table 1): "interleaved": the convolution has the narrower width, between the layers or, for c < 1, before
@@ -200,11 +199,12 @@ class INReBlock(keras.layers.Layer):
             raise ValueError(f"activation must be gelu or relu; it is {activation}")
         if hybrid not in ("interleaved", "front", "post", "mlp"):
             raise ValueError(f"hybrid must be interleaved, front, post or mlp; it is {hybrid}")
-        if not 0 < compression <= width:
-            raise ValueError(f"compression must be above 0 and at most the width, {width}; it is {compression}")
+        middle = inputs if upscale > 1 else width
+        if not 0 < compression <= middle:
+            raise ValueError(f"compression must be above 0 and at most the width, {middle}; it is {compression}")
         self.config = dict(inputs=inputs, width=width, compression=compression, stride=stride, activation=activation,
                            hybrid=hybrid, upscale=upscale)
-        self.upscale, self.spread, hidden, out = upscale, -1, round(width / compression), width * upscale**2
+        self.upscale, hidden, out = upscale, round(middle / compression), width * upscale**2
         self.activation, self.pool = keras.activations.get(activation), stride if hybrid == "mlp" else 1
         self.norm = keras.layers.LayerNormalization(epsilon=1e-5, dtype=self.dtype_policy)
         self.norm.build((None, None, None, inputs))
@@ -214,12 +214,11 @@ class INReBlock(keras.layers.Layer):
         if hybrid == "mlp":
             self.steps = [linear(inputs, hidden), linear(hidden, out, start)]
         elif hybrid == "post":
-            self.steps = [linear(inputs, hidden), linear(hidden, width), conv(width, out, start)]
+            self.steps = [linear(inputs, hidden), linear(hidden, middle), conv(middle, out, start)]
         elif hybrid == "interleaved" and compression >= 1:
             self.steps = [linear(inputs, hidden), conv(hidden, hidden * upscale**2), linear(hidden, width, start)]
-            self.spread = 1
         else:
-            self.steps = [conv(inputs, width), linear(width, hidden), linear(hidden, out, start)]
+            self.steps = [conv(inputs, middle), linear(middle, hidden), linear(hidden, out, start)]
         same_shape = inputs == width and upscale == 1 and (stride == 1 or hybrid == "mlp")  # after pooling
         self.shortcut = None if same_shape else (linear if hybrid == "mlp" or upscale > 1 else conv)(inputs, out)
         self.built = True
@@ -227,12 +226,13 @@ class INReBlock(keras.layers.Layer):
     def call(self, x):
         if self.pool > 1:
             x = ops.average_pool(x, self.pool, padding="same", data_format="channels_last")
-        y = self.norm(x)
-        for number, step in enumerate(self.steps):
-            y = step(self.activation(y) if number else y)
-            if step is self.steps[self.spread]:
-                y = pixels(y, self.upscale)
-        return y + (x if self.shortcut is None else pixels(self.shortcut(x), self.upscale))
+        y = self.steps[0](self.norm(x))
+        for step in self.steps[1:]:
+            y, channels = self.activation(y), step.kernel.shape[-2]
+            several = y.shape[-1] > channels  # those of s² pixels: the layer is the same for each
+            y = step(ops.reshape(y, (*y.shape[:3], -1, channels)) if several else y)
+            y = ops.reshape(y, (*y.shape[:3], -1)) if several else y
+        return pixels(y + (x if self.shortcut is None else self.shortcut(x)), self.upscale)
 
     def get_config(self):
         return {**super().get_config(), **self.config}
@@ -269,18 +269,17 @@ def single_stage(size, time, parameters, width, blocks, compression, activation,
     """Layers of INRN: times (N,) -> colours (1, H/p, W/p, 3p²) of a picture or, with `time`, (N, H, W, 3) of a video. H
     and W are the size, rounded up to whole cells: a position of the first features stands for a cell of pixels.
 
-    Blocks double the resolution, each with 0.8 times the width of the last. The features of a picture are learned maps,
-    with about half of the parameters; further blocks keep the resolution, and the last layer draws p² pixels for each
-    position (p ≤ 4). Those of a video are computed from sines and cosines of the time by two dense layers, and each
-    block gets two more channels, learned maps, if these have at most a tenth of the parameters. nerv: the blocks are
-    NeRV's (Chen et al., NeurIPS 2021), a 3×3 convolution, GELU and `depth_to_space`, without maps; the last layer is a
-    convolution."""
+    Blocks double the resolution, each with 0.8 (pictures) or 0.6 times the width of the last. The features of a picture
+    are learned maps, with about half of the parameters; further blocks keep the resolution, and a last layer draws p²
+    pixels for each position (p ≤ 4). Those of a video are two dense layers' of sines and cosines of the time; blocks
+    get four more channels, learned maps, if these have at most a fifth of the parameters. nerv: the blocks are NeRV's
+    (Chen et al., NeurIPS 2021): 3×3 convolution, GELU and `depth_to_space`, without maps, and a last convolution."""
     linear, conv = functools.partial(dense, dtype="float32"), functools.partial(convolution, dtype="float32")
-    positions = parameters / (1920 if time else 7)  # of the 12 × 32 weights or 7/4 × 2 channels for each
+    positions = parameters / (2560 if time else 7)  # of the 16 × 32 weights or 7/4 × 2 channels for each
     cell = 2 ** max(int(time), round(math.log2(math.prod(size) / positions) / 2))
     grid, patch = [-(-side // cell) for side in size], 1 if time else min(cell, 4)
     if time:
-        inputs, shape = 12, (*grid, 12)
+        inputs, shape = 16, (*grid, 16)
         layers = [lambda times: sines_and_cosines(times[:, None] * (math.pi * 1.25 ** ops.arange(16, dtype="float32"))),
                   linear(32, 32, activation="gelu"), linear(32, math.prod(shape)),
                   lambda x: ops.reshape(x, (-1, *shape))]
@@ -293,12 +292,13 @@ def single_stage(size, time, parameters, width, blocks, compression, activation,
         if nerv:
             layers += [conv(inputs, 4 * width, activation="gelu"), lambda x: pixels(x, 2)]
         else:
-            if time and 2 * height * breadth <= parameters / 10:
-                layers.append(LearnedMaps(height, breadth, 2, (1,), dtype="float32"))
-                inputs += 2
-            layers.append(INReBlock(inputs, width, compression, 1, activation, hybrid, 1 + double, dtype="float32"))
-        inputs, width = width, max(math.ceil(compression), round(0.8 * width)) if double else width
-    return [*layers, (conv if nerv else linear)(inputs, 3 * patch**2)]
+            if time and 4 * height * breadth <= parameters / 5:
+                layers.append(LearnedMaps(height, breadth, 4, (1,), dtype="float32"))
+                inputs += 4
+            outputs = 3 if time and number == doublings - 1 else width
+            layers.append(INReBlock(inputs, outputs, compression, 1, activation, hybrid, 1 + double, dtype="float32"))
+        inputs, width = width, max(math.ceil(compression), round((0.6 if time else 0.8) * width)) if double else width
+    return layers if time and not nerv else [*layers, (conv if nerv else linear)(inputs, 3 * patch**2)]
 
 
 def coordinate_network(size, width, siren):

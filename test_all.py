@@ -585,8 +585,8 @@ def plain_block(block, x, activation):
 
 
 @pytest.mark.parametrize("hybrid, parameters", [
-    ("mlp", 8 * 3 + 3 + 3 * 24 + 24), ("front", 72 * 6 + 6 + 6 * 3 + 3 + 3 * 24 + 24),
-    ("post", 8 * 3 + 3 + 3 * 6 + 6 + 54 * 24 + 24), ("interleaved", 8 * 3 + 3 + 27 * 12 + 12 + 3 * 6 + 6)])
+    ("mlp", 8 * 4 + 4 + 4 * 24 + 24), ("front", 72 * 8 + 8 + 8 * 4 + 4 + 4 * 24 + 24),
+    ("post", 8 * 4 + 4 + 4 * 8 + 8 + 72 * 24 + 24), ("interleaved", 8 * 4 + 4 + 36 * 16 + 16 + 4 * 6 + 6)])
 def test_a_block_that_doubles_the_resolution(hybrid, parameters):
     block, x = inrn.INReBlock(8, 6, 2.0, 1, "gelu", hybrid, upscale=2), random_batch(2, 5, 8)[0]
     assert all(layer.kernel.value.abs().max() > 0 for layer in block.steps)
@@ -640,25 +640,28 @@ def plain_features(model, x):
     angles = x[:, None] * math.pi * 1.25 ** torch.arange(16)
     first, second, _, *layers = layers
     x = plain_dense(second, functional.gelu(plain_dense(first, torch.cat([angles.sin(), angles.cos()], -1))))
-    return x.reshape(len(x), 2, 3, 12), layers
+    return x.reshape(len(x), 2, 3, 16), layers
 
 
-@pytest.mark.parametrize("time, parameters, scales", [(False, 1000, [2, 1, 1]), (True, 8000, [2] * 5)])
+@pytest.mark.parametrize("time, parameters, scales", [(False, 1000, [2, 1, 1]), (True, 12_000, [2] * 5)])
 def test_inrn_draws_like_plain_pytorch(time, parameters, scales):
     """Pictures from maps at three resolutions, frames from their time, both with blocks that double the resolution."""
     model, times = stirred(inrn.PictureFit("inrn", (60, 90), time, parameters), 0.02), torch.tensor([-0.5, 0.5, 1.0])
-    x, (*layers, last) = plain_features(model, times)
+    x, layers = plain_features(model, times)
+    layers, last = (layers, None) if time else (layers[:-1], layers[-1])
     blocks = [layer for layer in layers if isinstance(layer, inrn.INReBlock)]
     assert [block.config["upscale"] for block in blocks] == scales
     widths = [block.config["width"] for block in blocks]
-    assert widths == [widths[0], *(round(0.8 * width) if scale > 1 else width for width, scale in zip(widths, scales))][:-1]
-    assert len(layers) == len(blocks) + (4 if time else 0)  # a video: maps before blocks, of at most 800 parameters
+    factor = 0.6 if time else 0.8
+    after = [max(2, round(factor * width)) if scale > 1 else width for width, scale in zip(widths, scales)]
+    assert widths[1:] == [*after[:-2], 3 if time else after[-2]]  # the last block of a video draws its colours
+    assert len(layers) == len(blocks) + (4 if time else 0)  # a video: maps before blocks, of at most 2400 parameters
     for layer in layers:
         if layer in blocks:
             x = plain_block(layer, x, functional.gelu)
         else:  # all frames share a map of the same resolution
             x = torch.cat([x, layer.maps[0].value.expand(len(x), -1, -1, -1)], -1)
-    expected = shuffled(plain_dense(last, x), 1 if time else 4)[:, :60, :90].expand(3, -1, -1, -1)
+    expected = (x if time else shuffled(plain_dense(last, x), 4))[:, :60, :90].expand(3, -1, -1, -1)
     torch.testing.assert_close(model(times), expected, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(model.render(times, 60, 90), expected.detach().clip(-1, 1).numpy(), atol=1e-4)
     larger = functional.interpolate(expected.permute(0, 3, 1, 2), size=(120, 150), mode="bicubic", antialias=True)
@@ -1805,7 +1808,7 @@ def test_fitting_files(tmp_path, monkeypatch):
         Image.fromarray(frames[i]).save(tmp_path / "frames" / f"{i}.png")
     monkeypatch.chdir(tmp_path)
     assert run("fit", folder, "--no-compare", "--dataset", "frames", "--image-size", 12, "--parameters",
-               6000, "--epochs", 8) == 0
+               12000, "--epochs", 8) == 0
     monkeypatch.chdir(HERE)
     assert train.main(["--evaluate", str(folder)]) == 0
     assert not (folder / "siren").exists() and train.read_config(folder)["image_shape"] == [12, 12, 3]
