@@ -154,7 +154,9 @@ def load_objects(name, data_dir=None, image_size=None, seed=0, points=None, squa
             raise DataError("the images of coco differ in size: set one size for all, for example --image-size 640")
         size = image_size
         parts = [open_coco(data_dir or ".", part, size, masks) for part in ("train2017", "val2017")]
-        splits, (names, _), dropped = zip(*parts)
+        splits, (names, other), dropped = zip(*parts)
+        if names != other:
+            raise DataError("the categories of train2017 and val2017 differ: restore the annotations of COCO 2017")
         if any(dropped):
             print(f"{name}: {sum(dropped):,} boxes have no area and are left out", flush=True)
     else:
@@ -210,7 +212,7 @@ def _distance(label, axis, center, radius, angle):
 
 
 def scenes(indices, size=128, seed=0, masks=False):
-    """Renders pictures of two to eight shapes, nearer ones in front of others, in all colours and directions; scene i
+    """Renders pictures of up to eight shapes, nearer ones in front of others, in all colours and directions; scene i
     depends on (seed, i) alone. A shape of which less than half would be visible is left out.
 
     Returns images `uint8` (N, size, size, 3) and a list of dicts, as `Objects` reads them, of what is visible.
@@ -226,7 +228,7 @@ def scenes(indices, size=128, seed=0, masks=False):
             center = (2 * np.array([x, y]) - 1) * (1 - 0.7 * radius)
             distance = _distance(int(10 * kind), axis, center, radius, 2 * np.pi * angle)
             mask = (distance < 0) & (free > 0.5)
-            if mask.sum() < 0.5 * (distance < 0).sum():
+            if mask.sum() <= 0.5 * (distance < 0).sum():
                 continue
             share = free * np.clip(0.5 - distance * size / 4, 0, 1)                # edges two pixels wide
             image += share[:, :, None] * color
@@ -402,8 +404,8 @@ class Objects(Split):
     """
 
     def examples(self, indices, rng=None, augmented=False, flip=False, share=slice(None)):
-        """With augmented, images are scaled by 0.1 to 2, cropped or padded, and with `flip` mirrored: the large-scale
-        jittering of torchvision's reference recipes (Ghiasi et al., CVPR 2021)."""
+        """With augmented, images with their padding are scaled by 0.1 to 2, cropped or padded, and with `flip` mirrored,
+        like in the large-scale jittering of torchvision's reference recipes (Ghiasi et al., CVPR 2021)."""
         from pycocotools import mask
 
         images, targets = self[indices[share]]
@@ -485,15 +487,20 @@ def open_coco(folder, part, size, masks):
             if one["image_id"] not in known or one["category_id"] not in numbers:
                 raise ValueError(f"annotation {one['id']} is of image {one['image_id']} and category "
                                  f"{one['category_id']}, which are not both listed")
+            if one["iscrowd"] not in (0, 1) or masks and not one["segmentation"]:
+                raise ValueError(f"annotation {one['id']} has no mask")
+        sides = {image: np.array([index.imgs[image][side] for side in ("width", "height")]) for image in known}
         if absent := [image["file_name"] for image in index.imgs.values() if image["file_name"] not in files]:
             raise ValueError(f"{len(absent)} images, such as {absent[0]}, are not in {part}")
         objects = {image: [one for one in index.imgToAnns[image] if min(one["bbox"][2:]) > 0] for image in known}
+        images = [image for image in sorted(known)
+                  if part == "val2017" or any(not one["iscrowd"] for one in objects[image])]
+        if not images:
+            raise ValueError("there are no images with objects")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"cannot use {file} ({type(error).__name__}: {' '.join(str(error).split())[:120]}): restore it "
                         "and its images") from error
     dropped = len(annotations) - sum(map(len, objects.values()))
-    images = [image for image in sorted(known)
-              if part == "val2017" or any(not one["iscrowd"] for one in objects[image])]
 
     def read(indices):
         pictures, targets = [], []
@@ -501,11 +508,11 @@ def open_coco(folder, part, size, masks):
             info, found = index.imgs[image], objects[image]
             pictures.append(_read(os.path.join(folder, part, info["file_name"]), "RGB",
                                   functools.partial(_fit_into, size=size), turn=False))
-            factor = size / max(info["width"], info["height"])
-            boxes = np.array([one["bbox"] for one in found], float).reshape(-1, 4)
-            boxes[:, 2:] += boxes[:, :2]
+            boxes = np.array([one["bbox"] for one in found], float).reshape(-1, 2, 2)
+            boxes[:, 1] += boxes[:, 0]
+            boxes *= np.rint(size * sides[image] / sides[image].max()) / sides[image]
             scaled = [_fit_into(Image.fromarray(index.annToMask(one)), size, 0) for one in found] if masks else None
-            targets.append(_target(boxes * factor, [numbers[one["category_id"]] for one in found],
+            targets.append(_target(boxes, [numbers[one["category_id"]] for one in found],
                                    [one["iscrowd"] for one in found], scaled))
         return np.stack(pictures), targets
 
@@ -539,11 +546,7 @@ def open_frames(path, longest):
     no images, incomplete images and images of different sizes."""
     from PIL import Image
 
-    def shrink(picture):
-        picture.thumbnail((longest, longest))
-        return np.asarray(picture)
-
-    read = functools.partial(_read, mode="RGB", finish=shrink)
+    read = functools.partial(_read, mode="RGB", finish=functools.partial(_shrink, longest=longest))
     Image.init()
     paths = [path]
     if os.path.isdir(path):
@@ -557,6 +560,12 @@ def open_frames(path, longest):
             raise DataError(f"frames differ in size: {paths[0]} is {shapes[0][1]}×{shapes[0][0]}, {file} "
                             f"{shape[1]}×{shape[0]}: use the frames of one video")
     return len(paths), shapes[0], lambda indices: np.stack([read(paths[index]) for index in indices])
+
+
+def _shrink(picture, longest):
+    """A Pillow image, scaled down if a side exceeds `longest`: (H, W, …)."""
+    picture.thumbnail((longest, longest))
+    return np.asarray(picture)
 
 
 def _read(path, mode, finish, turn=True):
@@ -642,10 +651,10 @@ def load_surfaces(name, data_dir=None, image_size=None, seed=0, points=None):
 
 def read_example(task, name, path, image_shape, squash=False):
     """Reads a file for a model that was trained on the dataset `name` with this image_shape: an image, for detectors of
-    its own size, or for surfaces a mesh. Returns a batch of one input, and `Dataset.finer` for it. Raises DataError for
-    an unsuitable file."""
+    its own size or at most 1,024 pixels, or for surfaces a mesh. Returns a batch of one input, and `Dataset.finer` for
+    it. Raises DataError for an unsuitable file."""
     if task in ("detect", "segment"):
-        return scale(_read(path, "RGB", np.asarray)[None]), None
+        return scale(_read(path, "RGB", functools.partial(_shrink, longest=1024))[None]), None
     if name not in SURFACES:
         return scale(read_image(path, *image_shape, squash)[None]), None
     points = mesh_points(*read_off(path), 0.65 if name == "solids" else 1.0)  # as large as the surfaces of the dataset
@@ -876,7 +885,7 @@ def augment_large(images, rng, flip, share=slice(None), count=None, crop=False):
     """`uint8` images (N, H, W, C) -> the same shape, changed as those of Imagenette by MWT: padded by an eighth of each
     side (reflection), rotated by up to 30 degrees (corners become black), cropped to 0.8 to 1 of the area with an
     aspect ratio of 3/4 to 4/3, scaled to the old size, and with `flip` mirrored at random. crop: without padding and
-    rotation, to 0.08 to 1 of the area, as is usual for ImageNet (Szegedy et al., 2015). share, count: as above."""
+    rotation, to 0.08 to 1 of the area (Szegedy et al., 2015). share, count: as above."""
     from PIL import Image
 
     height, width, channels = images.shape[1:]

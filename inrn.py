@@ -57,6 +57,7 @@ print(model.render(times=[0.0], height=64, width=64).shape)           # interpol
 
 import bisect
 import colorsys
+import copy
 import functools
 import math
 import os
@@ -132,7 +133,7 @@ DETECTION_PRESETS = {"medium": {name: value for name, (value, _) in DETECTION_HY
 # quick is for a CPU and images of 128×128.
 DETECTION_PRESETS = {"quick": DETECTION_PRESETS["medium"] | dict(
     widths="32,64,128,128", blocks="1,1,2,1", pyramid_width=64, head_width=256, anchor_size=16, proposals=100,
-    samples=64, rate=2e-3, batch_size=8, epochs=2), **DETECTION_PRESETS}
+    samples=64, rate=2e-3, batch_size=8, epochs=1), **DETECTION_PRESETS}
 # Hyperparameters of fitting a picture or a video. All values are ours.
 FIT_HYPERPARAMETERS = {
     "compare": (False, "also fit networks of at most as many parameters: a SIREN and a ReLU MLP; for a video NeRV's "
@@ -619,6 +620,12 @@ def adamw(variables, total_steps, rate, weight_decay):
     return optimizer
 
 
+@keras.saving.register_keras_serializable("inrn")
+def top5_accuracy(labels, logits):
+    """Whether the label is among the five likeliest classes, or among all if there are fewer: (N,)."""
+    return keras.metrics.sparse_top_k_categorical_accuracy(labels, logits, min(5, logits.shape[-1]))
+
+
 class Distiller(keras.Model):
     """Trains a student: an INRN or, without a teacher, any Keras classifier. `save` saves the student alone.
 
@@ -640,7 +647,8 @@ class Distiller(keras.Model):
         self.student, self.alignment, self.teach = student, [], None
         self.task_weight, self.feature_weight, self.logits_weight = task_weight, feature_weight, logits_weight
         self.cross_entropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        self.trackers = [keras.metrics.Mean(name="loss"), *self.accuracies()]
+        self.trackers = [keras.metrics.Mean(name="loss"), keras.metrics.SparseCategoricalAccuracy(name="accuracy"),
+                         keras.metrics.MeanMetricWrapper(top5_accuracy, "top5_accuracy")]
         if teacher is not None:
             matched = match_layers(teacher, student, image_shape, layers)
             shape, num_classes = teacher.outputs[0].shape, student.config["num_classes"]
@@ -673,11 +681,8 @@ class Distiller(keras.Model):
         optimizer, whose weight decay then applies to all variables."""
         super().compile(optimizer=None, jit_compile=False)
         self.optimizers = [adamw(variables, total_steps, rate, weight_decay) for variables in self.variable_groups()]
-        self.student.compile(self.optimizers[0], self.cross_entropy, metrics=self.accuracies(), jit_compile=False)
-
-    def accuracies(self):
-        return [keras.metrics.SparseCategoricalAccuracy(name="accuracy"),
-                keras.metrics.SparseTopKCategoricalAccuracy(5, name="top5_accuracy")]
+        self.student.compile(self.optimizers[0], self.cross_entropy, metrics=["accuracy", top5_accuracy],
+                             jit_compile=False)
 
     def variable_groups(self):
         """Variables of the student and, with a teacher, of the 1×1 convolutions: one list per optimizer."""
@@ -734,13 +739,14 @@ class Distiller(keras.Model):
 
 
 def torchvision_detection():
-    """torchvision's module of detectors. Raises ValueError if it cannot be imported."""
+    """torchvision's module of detectors. Raises ImportError if it cannot be imported."""
     try:
         import torchmetrics.detection
         import torchvision.models.detection
-    except (ImportError, RuntimeError) as error:  # RuntimeError: it was built for another PyTorch
-        raise ValueError(f"detection needs torchvision ({' '.join(str(error).split())[:120]}): "
-                         "pip install torchvision==0.28.0 torchmetrics==1.9.0 pycocotools==2.0.11") from error
+    except (ImportError, RuntimeError) as error:  # RuntimeError: it was built for another torch
+        raise ImportError("detection needs packages: pip install torchvision==0.28.0 torchmetrics==1.9.0 "
+                          "pycocotools==2.0.11, torchvision from the same index as torch "
+                          f"({' '.join(str(error).split())[:120]})") from error
     return torchvision.models.detection
 
 
@@ -752,7 +758,7 @@ class AveragePrecision(keras.metrics.Metric):
         super().__init__(**kwargs)
         from torchmetrics.detection import MeanAveragePrecision  # which uses pycocotools
 
-        self.total = MeanAveragePrecision(iou_type=("bbox", "segm") if masks else "bbox")
+        self.total = MeanAveragePrecision(iou_type=("bbox", "segm") if masks else "bbox", sync_on_compute=False)
         self.names = [f"{kind}map{threshold}" for kind in (("bbox_", "segm_") if masks else ("",))
                       for threshold in ("", "_50", "_75")]
 
@@ -765,7 +771,13 @@ class AveragePrecision(keras.metrics.Metric):
         self.total.update(detections, targets)
 
     def result(self):
-        results = self.total.compute()
+        total = self.total
+        if torch.distributed.is_initialized():
+            total, parts = copy.deepcopy(total), [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(parts, self.total.metric_state)
+            for name in parts[0]:
+                setattr(total, name, [value for part in parts for value in part[name]])
+        results = total.compute()
         return {name: float(results[name]) for name in self.names}
 
 
@@ -786,8 +798,8 @@ class Detector(keras.Model):
     to 1, in the images' own pixels.
 
     The other arguments are explained in `DETECTION_HYPERPARAMETERS`. teacher: as there, or None. The teacher's pyramid
-    is what INRN's stages learn (equation 3); it is not a part of the model. Raises ValueError for invalid arguments and
-    without torchvision.
+    is what INRN's stages learn (equation 3); it is not a part of the model. Raises ValueError for invalid arguments, and
+    ImportError without torchvision.
 
     Metrics: in training loss, its parts with torchvision's names, and distillation; otherwise `AveragePrecision`.
     """
@@ -796,9 +808,9 @@ class Detector(keras.Model):
                  anchor_size=16, proposals=100, samples=64, seed=0, teacher=None, feature_weight=1.0, name=None,
                  dtype=None, **options):
         detection = torchvision_detection()
-        from torchvision.ops import FeaturePyramidNetwork, feature_pyramid_network
+        from torchvision.ops import FeaturePyramidNetwork, feature_pyramid_network, poolers
 
-        super().__init__(name=name, dtype=dtype)
+        super().__init__(name=name, dtype=dtype, autocast=False)
         names = ("num_classes", "size", "masks", "backbone", "pyramid_width", "head_width", "anchor_size", "proposals",
                  "samples", "seed")
         self.config = {name: value for name, value in locals().items() if name in names} | options
@@ -814,7 +826,8 @@ class Detector(keras.Model):
             resnet = detection.backbone_utils.resnet.__dict__[backbone](norm_layer=norm)
             widths = [resnet.inplanes // 8 * 2**i for i in range(4)]
             stages = {f"layer{i}": f"stage{i}" for i in range(1, 5)}
-            self.body = detection.backbone_utils.IntermediateLayerGetter(resnet, stages)
+            self.body = keras.layers.TorchModuleWrapper(
+                detection.backbone_utils.IntermediateLayerGetter(resnet, stages), dtype="float32")
         pyramid = FeaturePyramidNetwork(widths, pyramid_width, feature_pyramid_network.LastLevelMaxPool())
         pyramid.out_channels = pyramid_width
         sides, ratios = [(anchor_size * 2**i,) for i in range(5)], [(0.5, 1.0, 2.0)] * 5
@@ -825,17 +838,28 @@ class Detector(keras.Model):
                           mask_predictor=detection.mask_rcnn.MaskRCNNPredictor(pyramid_width, pyramid_width,
                                                                                num_classes + 1))
         counts = {f"rpn_{when}_nms_top_n_{mode}": proposals for when in ("pre", "post") for mode in ("train", "test")}
-        self.rcnn = (detection.MaskRCNN if masks else detection.FasterRCNN)(
+        rcnn = (detection.MaskRCNN if masks else detection.FasterRCNN)(
             pyramid, rpn_anchor_generator=detection.anchor_utils.AnchorGenerator(sides, ratios), min_size=size,
             max_size=size, image_mean=[0.0] * 3, image_std=[1.0] * 3, rpn_batch_size_per_image=samples,
             box_batch_size_per_image=samples, **counts, **heads)
+        finest = math.log2(self.body.config["stem_stride"]) if backbone == "inrn" else 2
+        if finest % 1:
+            raise ValueError("stem_stride must be a power of two")
+        # torchvision would derive the levels' scales from its first images, wrongly if they are flat.
+        for pool in (rcnn.roi_heads.box_roi_pool, *([rcnn.roi_heads.mask_roi_pool] if masks else [])):
+            pool.scales = [2 ** -(finest + i) for i in range(4)]
+            pool.map_levels = poolers.initLevelMapper(int(finest), int(finest) + 3)
+        self.rcnn = keras.layers.TorchModuleWrapper(rcnn, dtype="float32")
         self.seeds = keras.random.SeedGenerator(seed)
         parts = ["classifier", "box_reg", *(["mask"] if masks else []), "objectness", "rpn_box_reg"]
         self.teach, self.alignment = None, []
         if teacher is not None:
             self.teach = teacher_pyramid(teacher)
-            taught = self.teach(ops.zeros((1, size, size, 3)))
-            self.alignment = [convolution(width, features.shape[-1], kernel_size=1)
+            image = ops.zeros((1, size, size, 3))
+            taught = self.teach(image)
+            if [x.shape[1:3] for x in taught] != [x.shape[1:3] for x in self.stages(image)]:
+                raise ValueError("the levels of the teacher's pyramid must have the resolutions of the four stages")
+            self.alignment = [convolution(width, features.shape[-1], kernel_size=1, dtype="float32")
                               for width, features in zip(widths, taught)]
             parts.append("distillation")
         self.trackers = {name: keras.metrics.Mean(name=name) for name in ["loss", *parts]}
@@ -876,22 +900,29 @@ class Detector(keras.Model):
                 for one in found]
 
     def compile(self, total_steps, rate=1e-3, weight_decay=0.05):
-        """An optimizer of `adamw`. total_steps: epochs × batches."""
+        """An optimizer of `adamw`, and another one for the 1×1 convolutions. total_steps: epochs × batches."""
         self.compile_config = dict(total_steps=total_steps, rate=rate, weight_decay=weight_decay)
         super().compile(optimizer=None, jit_compile=False)
-        self.optimizers = [adamw(self.trainable_variables, total_steps, rate, weight_decay)]
+        self.optimizers = [adamw(variables, total_steps, rate, weight_decay) for variables in self.variable_groups()]
+
+    def variable_groups(self):
+        """The model's own variables and, with a teacher, those of the 1×1 convolutions: one list per optimizer."""
+        added = [variable for layer in self.alignment for variable in layer.trainable_variables]
+        own = [variable for variable in self.trainable_variables if all(variable is not other for other in added)]
+        return [own, added] if added else [own]
 
     def train_step(self, data):
         images, targets, _ = keras.utils.unpack_x_y_sample_weight(data)
         chosen = (targets["labels"] >= 0) & (targets["crowd"] == 0)
-        torch.manual_seed(int(self.seeds.next()[0]))  # torchvision samples regions by PyTorch's own generator
+        seed, step = self.seeds.next().tolist()
+        torch.manual_seed(2**32 * seed + step)  # torchvision samples regions by PyTorch's own generator
         losses = self.detect(images, unpad(targets | {"labels": targets["labels"] + 1}, chosen))  # 0: the background
         loss = sum(losses.values())
         self.zero_grad()
         loss.backward()
-        variables = self.trainable_variables
         with torch.no_grad():
-            self.optimizers[0].apply([variable.value.grad for variable in variables], variables)
+            for optimizer, variables in zip(self.optimizers, self.variable_groups()):
+                optimizer.apply([variable.value.grad for variable in variables], variables)
             for name, value in {"loss": loss, **losses}.items():
                 self.trackers[name].update_state(value)
         return self.get_metrics_result()
@@ -903,6 +934,9 @@ class Detector(keras.Model):
             one["masks"] = one["masks"] > 0.5
         self.precision.update_state([one | {"iscrowd": one["crowd"]} for one in there], found)
         return dict.fromkeys(self.precision.names, 0.0)  # Keras asks for the metrics after the last batch
+
+    def predict_step(self, data):
+        raise NotImplementedError("numbers of objects differ, so batches cannot be joined: call the model")
 
     metrics = property(lambda self: [*self.trackers.values(), self.precision])
 
@@ -1044,13 +1078,15 @@ def report_detections(models, images, labels, class_names, finer):
     from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
     def draw(image, objects):
-        factor = max(1, 384 // max(image.shape[:2]))  # lines and text need some pixels
-        image = np.rint(127.5 * (image + 1)).astype("uint8").repeat(factor, 0).repeat(factor, 1)
-        picture = torch.tensor(image).permute(2, 0, 1)
+        factor = 400 / max(image.shape[:2])  # where lines and text are readable
+        size = [round(factor * side) for side in image.shape[:2]]
+        picture = torch.tensor(image).permute(2, 0, 1)[None]
+        picture = (127.5 * torch.nn.functional.interpolate(picture, size)[0] + 127.5).round().to(torch.uint8)
         colors = [tuple(int(255 * x) for x in colorsys.hsv_to_rgb(0.618 * label % 1, 1, 1))
                   for label in objects["labels"]]
         if "masks" in objects and colors:
-            masks = torch.tensor(objects["masks"] > 0.5).repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+            masks = torch.tensor(objects["masks"] > 0.5)[None]
+            masks = torch.nn.functional.interpolate(masks.float(), size)[0].bool()
             picture = draw_segmentation_masks(picture, masks, 0.5, colors)
         if colors:
             names = [class_names[label] for label in objects["labels"]]

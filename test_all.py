@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from unittest import mock
 
 os.environ.update(KERAS_BACKEND="torch", KERAS_TORCH_DEVICE="cpu", CUDA_VISIBLE_DEVICES="",
@@ -1020,7 +1021,7 @@ def test_a_detector_learns_the_losses_of_torchvision(backbone, tmp_path):
     model.compile(total_steps=9, rate=0.0)
     images, targets = few_scenes()
     targets["crowd"][0, 0] = 1  # is not learned
-    rcnn, seeds = model.rcnn.module, keras.random.SeedGenerator(0)
+    rcnn = model.rcnn.module
 
     class Body(torch.nn.Module):
         def forward(self, x):
@@ -1033,13 +1034,19 @@ def test_a_detector_learns_the_losses_of_torchvision(backbone, tmp_path):
     objects = [{name: targets[name][i][targets["labels"][i] >= 0][i == 0:] for name in ("boxes", "labels", "masks")}
                for i in range(len(images))]
     objects = [one | {"labels": one["labels"] + 1} for one in objects]
-    torch.manual_seed(int(seeds.next()[0]))
+    torch.manual_seed(0)  # seed 0, step 0
     expected = whole.train()(list(images.permute(0, 3, 1, 2)), objects)
     metrics = model.train_step((images, targets))
     for name, value in expected.items():
         assert float(metrics[name.removeprefix("loss_")]) == pytest.approx(float(value), rel=1e-4)
     assert float(metrics["loss"]) == pytest.approx(float(sum(expected.values())), rel=1e-4)
     assert all(variable.value.grad.abs().max() > 0 for variable in model.body.trainable_variables)
+    seeds = []
+    with mock.patch("torch.manual_seed", seeds.append):
+        model.train_step((images, targets))
+        model.train_step((images, targets))
+    assert seeds == [1, 2]  # others in each step
+    model(images[:, :16])  # a flat picture
     found = whole.eval()(list(images.permute(0, 3, 1, 2)))
     model.save(tmp_path / "model.keras")
     for one, two, three in zip(found, model(images), keras.saving.load_model(tmp_path / "model.keras")(images)):
@@ -1071,8 +1078,14 @@ def test_a_pyramid_teaches_the_stages(tmp_path):
     assert float(model.train_step((images, targets))["distillation"]) == pytest.approx(float(expected), rel=1e-4)
     assert all(align.kernel.value.grad.abs().max() > 0 for align in model.alignment)
     assert all(map(np.array_equal, before, teacher.get_weights()))
-    alone = small_detector()
+    model.save(tmp_path / "model.keras")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        alone = keras.saving.load_model(tmp_path / "model.keras")
+    assert int(alone.optimizers[0].iterations) == 1
     assert len(model.trainable_variables) == len(alone.trainable_variables) + 8
+    with pytest.raises(ValueError, match="resolutions"):
+        small_detector(teacher=small_detector(stem_stride=8))
     for name in ("no_such_detector", str(tmp_path / "missing.keras")):
         with pytest.raises(ValueError, match="cannot load the teacher"):
             small_detector(teacher=name)
@@ -1108,6 +1121,33 @@ def test_average_precisions_of_cases_computed_by_hand():
 
 
 @needs_torchvision
+def test_processes_have_common_precisions(tmp_path):
+    """Two processes, of which one has three images and the other two, have the result of all five."""
+    (tmp_path / "script.py").write_text(f"""
+import os, sys
+sys.path.insert(0, {str(HERE)!r})
+os.environ.update(KERAS_BACKEND="torch")
+from unittest import mock
+import torch
+from test_all import inrn
+if "RANK" in os.environ:
+    torch.distributed.init_process_group("gloo")
+rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+metric = inrn.AveragePrecision(True)
+for i in range(rank, 5, count):
+    boxes, labels, masks = torch.tensor([[0.0, 0, 10, 10 + i]]), torch.tensor([i % 2]), torch.zeros(1, 16, 16) > 0
+    masks[0, :10, :10 + i] = True
+    metric.update_state([dict(boxes=boxes, labels=labels, iscrowd=labels * 0, masks=masks)],
+                        [dict(boxes=boxes + i / 2, labels=labels, scores=torch.tensor([0.9 - i / 9]), masks=masks)])
+results = metric.result()
+print(sorted(results.items()) if rank == 0 else "")
+""")
+    alone = run_python(tmp_path / "script.py", cwd=tmp_path)
+    both = run_python("-m", "torch.distributed.run", "--nproc-per-node", "2", tmp_path / "script.py", cwd=tmp_path)
+    assert alone.returncode == 0 and alone.stdout.strip() and alone.stdout.strip() == both.stdout.strip(), both.stderr
+
+
+@needs_torchvision
 def test_predicted_objects_are_printed_and_drawn(runs, tmp_path, capsys, monkeypatch):
     """In the pixels of the user's picture, whatever its size."""
     folder, picture = shutil.copytree(runs / "segment", tmp_path / "run"), tmp_path / "scene.png"
@@ -1136,6 +1176,12 @@ def test_detection_without_torchvision_is_refused(tmp_path, refused, monkeypatch
                                                     "--run-dir", tmp_path / "run")
     monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
     assert "pip install torchvision" in refused("--method", "inrn", "--task", "segment", "--run-dir", tmp_path / "run")
+
+
+def test_fewer_than_five_classes():
+    model = inrn.Distiller(small_inrn(classes=3))
+    model.compile(total_steps=9)
+    assert float(model.train_step(random_batch(4, 16, classes=3))["top5_accuracy"]) == 1
 
 
 def test_resnet_56_has_its_published_size():
@@ -1246,6 +1292,11 @@ def test_coco_is_read(coco, capsys):
     (lambda folder, content: (folder / "val2017" / "9.jpg").unlink(), "1 images, such as 9.jpg, are not in val2017"),
     (lambda folder, content: content["annotations"][0].update(image_id=5), "annotation 1 is of image 5"),
     (lambda folder, content: content["annotations"][0].update(category_id=5), "category 5"),
+    (lambda folder, content: content["annotations"][0].pop("iscrowd"), "KeyError: 'iscrowd'"),
+    (lambda folder, content: content["images"][0].pop("width"), "KeyError: 'width'"),
+    (lambda folder, content: content["categories"].pop(), "category 90"),
+    (lambda folder, content: content["categories"].append({"id": 91, "name": "cow"}), "differ"),
+    (lambda folder, content: content["annotations"].clear(), "no images with objects"),
     (lambda folder, content: content.pop("images"), "instances_train2017.json"),
     (None, "--image-size")])
 def test_a_broken_coco_folder_is_refused(coco, tmp_path, refused, damage, hint):

@@ -97,7 +97,7 @@ def parse(arguments):
     use = parser.add_argument_group("instead of a new run").add_mutually_exclusive_group()
     use.add_argument("--resume", type=pathlib.Path, metavar="RUN_FOLDER", help="continue an interrupted run")
     use.add_argument("--evaluate", type=pathlib.Path, metavar="RUN_FOLDER", help="evaluate it, or on another --dataset")
-    use.add_argument("--predict", type=pathlib.Path, nargs="*", metavar=("RUN_FOLDER", "FILE"), help="classify files")
+    use.add_argument("--predict", type=pathlib.Path, nargs="*", metavar=("RUN_FOLDER", "FILE"), help="predict for files")
     use.add_argument("--benchmark", action="store_true", help="time a training step")
     known = parser.parse_known_args(arguments)[0]
     if known.predict is not None and len(known.predict) < 2:
@@ -121,13 +121,13 @@ def parse(arguments):
     add("--seed", type=number(int, 0), default=0, help="of weights, data order, augmentation and shapes (default: 0)")
     add("--limit", type=number(int, 1), help="largest number of training images (default: all)")
     add("--validation-images", type=number(int, 0), help="training images held out for validation (default: 2000)")
-    add("--image-size", type=number(int, 8), help="scale and crop images to this size; frames: longest side (320)")
+    add("--image-size", type=number(int, 8), help="scale and crop images to this size; frames, objects: longest side")
     add("--squash", action="store_true", help="scale images without keeping their aspect ratio, instead of cropping")
     add("--augment", nargs="?", const=True, default=False, choices=["crop"],
         help="shift images at random, and mirror them unless they show characters; rotate and scale images of 128×128 "
              "and more; with crop: random resized crops instead; with objects: scale, crop and mirror")
     add("--memory", type=number(float, 0), default=1.0, help="GB of images that each split keeps in memory (default: 1)")
-    add("--data-dir", type=os.path.abspath, help="folder of ModelNet or TFDS ($TFDS_DATA_DIR or ~/tensorflow_datasets)")
+    add("--data-dir", type=os.path.abspath, help="folder of ModelNet, COCO, or TFDS ($TFDS_DATA_DIR)")
     add("--run-dir", type=pathlib.Path, help="output folder (default: runs/<method>-<task>-<dataset>-<preset>-<seed>)")
     add("--save-every", type=number(int, 1), default=500, help="steps between checkpoints in an epoch (default: 500)")
     add("--precision", choices=["float32", "mixed_bfloat16"], default="float32", help="of everything but the INR")
@@ -465,7 +465,7 @@ def build(options, task, dataset, steps_per_epoch):
     try:
         with first_process_first():
             models = task.build(options, dataset, steps_per_epoch)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         refuse(error)
     for optimizer in [optimizer for _, model, _ in models for optimizer in model.optimizers]:
         average_gradients(optimizer)
@@ -553,6 +553,8 @@ def ablate(options, task):
 def load_model(folder):
     try:
         return keras.saving.load_model(folder / "model.keras")
+    except ImportError as error:  # of an optional package
+        refuse(error)
     except Exception as error:  # of many types, from ZIP, JSON, HDF5 and Keras
         refuse(f"cannot load {folder / 'model.keras'} ({type(error).__name__}: {str(error)[:120]}): train again, or "
                "restore it from a backup")
@@ -659,7 +661,7 @@ def draw_grid(rows, path):
     surface (X, Y, Z, 1), which are drawn by `view_surface`."""
     from matplotlib.figure import Figure
 
-    side = min(3, max(1.3, rows[0][0][0].shape[1] / 128))  # inches; text in pictures of 384 pixels has to be readable
+    side = min(4, max(1.3, rows[0][0][0].shape[1] / 100))  # inches, at 100 pixels
     figure = Figure(figsize=(side * len(rows[0]), (side + 0.3) * len(rows)), layout="constrained")
     for row, axes_row in zip(rows, figure.subplots(len(rows), len(rows[0]), squeeze=False)):
         for (picture, title), axes in zip(row, axes_row):
