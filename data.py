@@ -1,6 +1,7 @@
 """Datasets by name. `load("shapes")` computes ten classes of analytic shapes; TensorFlow Datasets (TFDS) loads all
-other names, and downloads what is not on disk. `load_frames` reads a picture or a video to fit, and `load_surfaces`
-distances from surfaces in space, which are computed ("solids") or read from mesh files ("modelnet10", "modelnet40").
+other names, and downloads what is not on disk. `load_frames` reads a picture or a video to fit, `load_objects` images
+with the boxes and masks of objects ("scenes" are drawn, "coco" is read), and `load_surfaces` distances from surfaces in
+space, which are computed ("solids") or read from mesh files ("modelnet10", "modelnet40").
 Images stay `uint8`, `(N, H, W, C)`, until `Batches` converts them to the `float32` in [-1, 1] that the models take.
 """
 

@@ -1086,8 +1086,8 @@ def report_detections(models, images, labels, class_names, finer):
                   for label in objects["labels"]]
         if "masks" in objects and colors:
             masks = torch.tensor(objects["masks"] > 0.5)[None]
-            masks = torch.nn.functional.interpolate(masks.float(), size)[0].bool()
-            picture = draw_segmentation_masks(picture, masks, 0.5, colors)
+            for mask, color in zip(torch.nn.functional.interpolate(masks.float(), size)[0].bool(), colors):
+                picture = draw_segmentation_masks(picture, mask, 0.5, color)  # one by one: it blackens overlaps
         if colors:
             names = [class_names[label] for label in objects["labels"]]
             picture = draw_bounding_boxes(picture, torch.tensor(objects["boxes"] * factor), names, colors, width=2)

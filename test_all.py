@@ -1022,6 +1022,8 @@ def test_a_detector_learns_the_losses_of_torchvision(backbone, tmp_path):
     images, targets = few_scenes()
     targets["crowd"][0, 0] = 1  # is not learned
     rcnn = model.rcnn.module
+    model(images[:, :16])  # flat pictures
+    assert rcnn.roi_heads.box_roi_pool.scales == rcnn.roi_heads.mask_roi_pool.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
 
     class Body(torch.nn.Module):
         def forward(self, x):
@@ -1046,7 +1048,6 @@ def test_a_detector_learns_the_losses_of_torchvision(backbone, tmp_path):
         model.train_step((images, targets))
         model.train_step((images, targets))
     assert seeds == [1, 2]  # others in each step
-    model(images[:, :16])  # a flat picture
     found = whole.eval()(list(images.permute(0, 3, 1, 2)))
     model.save(tmp_path / "model.keras")
     for one, two, three in zip(found, model(images), keras.saving.load_model(tmp_path / "model.keras")(images)):

@@ -4,7 +4,7 @@ A run is a folder with config.json, history.csv, model.keras, results.json and f
 interrupted run, which ends with the same weights as an uninterrupted one. `--evaluate FOLDER` and `--predict FOLDER
 IMAGE…` use a finished run, `--ablate NAME` trains and compares variants, `--benchmark` times a training step.
 
-A method is a file beside this one that defines `TASKS`, a dict from a task ("classify", "fit") to a namespace with
+A method is a file beside this one that defines `TASKS`, a dict from a task ("classify", "fit", "detect", …) to a namespace with
 
     hyperparameters  {name: (value, help text)}; each becomes a command-line option
     presets          {preset: {hyperparameter: value}}; "quick" is the default ("quick-3d" for surfaces);
