@@ -128,12 +128,12 @@ DETECTION_HYPERPARAMETERS = {
     "batch_size": (16, "images per training step"),
     "epochs": (24, "number of epochs"),
 }
-DETECTION_PRESETS = {"medium": {name: value for name, (value, _) in DETECTION_HYPERPARAMETERS.items()}
-                     | {name: PRESETS["medium"][name] for name in ("widths", "blocks", "stem_stride", "compression")}}
-# quick is for a CPU and images of 128×128.
-DETECTION_PRESETS = {"quick": DETECTION_PRESETS["medium"] | dict(
-    widths="32,64,128,128", blocks="1,1,2,1", pyramid_width=64, head_width=256, anchor_size=16, proposals=100,
-    samples=64, rate=2e-3, batch_size=8, epochs=1), **DETECTION_PRESETS}
+DETECTION = {name: value for name, (value, _) in DETECTION_HYPERPARAMETERS.items()} | dict(stem_stride=4, compression=2.0)
+DETECTION_PRESETS = {  # quick is for a CPU and images of 128×128
+    "quick": DETECTION | dict(widths="32,64,128,128", blocks="1,1,2,1", pyramid_width=64, head_width=256, rate=2e-3,
+                              anchor_size=16, proposals=100, samples=64, batch_size=8, epochs=1),
+    "medium": DETECTION | {name: PRESETS["medium"][name] for name in ("widths", "blocks")},
+}
 # Hyperparameters of fitting a picture or a video. All values are ours.
 FIT_HYPERPARAMETERS = {
     "compare": (False, "also fit networks of at most as many parameters: a SIREN and a ReLU MLP; for a video NeRV's "
@@ -797,9 +797,9 @@ class Detector(keras.Model):
     1. Called with images, it returns a dict for each: boxes (n, 4), labels (n,), scores (n,) and masks (n, H, W) from 0
     to 1, in the images' own pixels.
 
-    The other arguments are explained in `DETECTION_HYPERPARAMETERS`. teacher: as there, or None. The teacher's pyramid
-    is what INRN's stages learn (equation 3); it is not a part of the model. Raises ValueError for invalid arguments, and
-    ImportError without torchvision.
+    The other arguments are explained in `DETECTION_HYPERPARAMETERS`. teacher: as there, or None. INRN's stages learn
+    its pyramid (equation 3); it is not a part of the model. Raises ValueError for invalid arguments, and ImportError
+    without torchvision.
 
     Metrics: in training loss, its parts with torchvision's names, and distillation; otherwise `AveragePrecision`.
     """
@@ -964,15 +964,10 @@ def teacher_pyramid(teacher):
             model = torchvision_detection().__dict__[teacher](weights="DEFAULT").eval().to(ops.zeros(1).device)
             mean, deviation = (torch.tensor(getattr(model.transform, name), device=ops.zeros(1).device)
                                for name in ("image_mean", "image_std"))
-
-            def pyramid(images):
-                return model.backbone((((images + 1) / 2 - mean) / deviation).permute(0, 3, 1, 2))
+            pyramid = lambda images: model.backbone((((images + 1) / 2 - mean) / deviation).permute(0, 3, 1, 2))
         else:
             model = keras.saving.load_model(teacher, compile=False) if isinstance(teacher, str) else teacher
-
-            def pyramid(images):
-                return model.pyramid(model.stages(images))
-
+            pyramid = lambda images: model.pyramid(model.stages(images))
         pyramid(ops.zeros((1, 64, 64, 3)))
     except Exception as error:  # no network, no such file, no detector: of many types
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
