@@ -128,7 +128,8 @@ DETECTION_HYPERPARAMETERS = {
     "batch_size": (16, "images per training step"),
     "epochs": (24, "number of epochs"),
 }
-DETECTION = {name: value for name, (value, _) in DETECTION_HYPERPARAMETERS.items()} | dict(stem_stride=4, compression=2.0)
+DETECTION = {name: value for name, (value, _) in DETECTION_HYPERPARAMETERS.items()}
+DETECTION |= dict(stem_stride=4, compression=2.0)
 DETECTION_PRESETS = {  # quick is for a CPU and images of 128×128
     "quick": DETECTION | dict(widths="32,64,128,128", blocks="1,1,2,1", pyramid_width=64, head_width=256, rate=2e-3,
                               anchor_size=16, proposals=100, samples=64, batch_size=8, epochs=1),
