@@ -937,7 +937,7 @@ class Detector(keras.Model):
         return dict.fromkeys(self.precision.names, 0.0)  # Keras asks for the metrics after the last batch
 
     def predict_step(self, data):
-        raise NotImplementedError("numbers of objects differ, so batches cannot be joined: call the model")
+        raise ValueError("numbers of objects differ, so batches cannot be joined: call the model")
 
     metrics = property(lambda self: [*self.trackers.values(), self.precision])
 
