@@ -800,7 +800,7 @@ class Detector(keras.Model):
 
     The other arguments are explained in `DETECTION_HYPERPARAMETERS`. teacher: as there, or None. INRN's stages learn
     its pyramid (equation 3); it is not a part of the model. Raises ValueError for invalid arguments, and ImportError
-    without torchvision.
+    without torchvision, torchmetrics and pycocotools, which nothing else here needs.
 
     Metrics: in training loss, its parts with torchvision's names, and distillation; otherwise `AveragePrecision`.
     """

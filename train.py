@@ -4,7 +4,7 @@ A run is a folder with config.json, history.csv, model.keras, results.json and f
 interrupted run, which ends with the same weights as an uninterrupted one. `--evaluate FOLDER` and `--predict FOLDER
 IMAGE…` use a finished run, `--ablate NAME` trains and compares variants, `--benchmark` times a training step.
 
-A method is a file beside this one that defines `TASKS`, a dict from a task ("classify", "fit", "detect", …) to a namespace with
+A method is a file beside this one that defines `TASKS`, a dict from a task ("classify", "fit", …) to a namespace with
 
     hyperparameters  {name: (value, help text)}; each becomes a command-line option
     presets          {preset: {hyperparameter: value}}; "quick" is the default ("quick-3d" for surfaces);
@@ -97,7 +97,7 @@ def parse(arguments):
     use = parser.add_argument_group("instead of a new run").add_mutually_exclusive_group()
     use.add_argument("--resume", type=pathlib.Path, metavar="RUN_FOLDER", help="continue an interrupted run")
     use.add_argument("--evaluate", type=pathlib.Path, metavar="RUN_FOLDER", help="evaluate it, or on another --dataset")
-    use.add_argument("--predict", type=pathlib.Path, nargs="*", metavar=("RUN_FOLDER", "FILE"), help="predict for files")
+    use.add_argument("--predict", type=pathlib.Path, nargs="*", metavar=("RUN_FOLDER", "FILE"), help="predict files")
     use.add_argument("--benchmark", action="store_true", help="time a training step")
     known = parser.parse_known_args(arguments)[0]
     if known.predict is not None and len(known.predict) < 2:
@@ -121,13 +121,15 @@ def parse(arguments):
     add("--seed", type=number(int, 0), default=0, help="of weights, data order, augmentation and shapes (default: 0)")
     add("--limit", type=number(int, 1), help="largest number of training images (default: all)")
     add("--validation-images", type=number(int, 0), help="training images held out for validation (default: 2000)")
-    add("--image-size", type=number(int, 8), help="scale and crop images to this size; frames, objects: longest side")
+    add("--image-size", type=number(int, 8),
+        help="scale and crop images to this size; longest side of frames (default: 320) and of images with objects")
     add("--squash", action="store_true", help="scale images without keeping their aspect ratio, instead of cropping")
     add("--augment", nargs="?", const=True, default=False, choices=["crop"],
         help="shift images at random, and mirror them unless they show characters; rotate and scale images of 128×128 "
              "and more; with crop: random resized crops instead; with objects: scale, crop and mirror")
     add("--memory", type=number(float, 0), default=1.0, help="GB of images that each split keeps in memory (default: 1)")
-    add("--data-dir", type=os.path.abspath, help="folder of ModelNet, COCO, or TFDS ($TFDS_DATA_DIR)")
+    add("--data-dir", type=os.path.abspath,
+        help="folder of ModelNet, COCO or TFDS (for TFDS: $TFDS_DATA_DIR or ~/tensorflow_datasets)")
     add("--run-dir", type=pathlib.Path, help="output folder (default: runs/<method>-<task>-<dataset>-<preset>-<seed>)")
     add("--save-every", type=number(int, 1), default=500, help="steps between checkpoints in an epoch (default: 500)")
     add("--precision", choices=["float32", "mixed_bfloat16"], default="float32", help="of everything but the INR")
