@@ -156,6 +156,33 @@ FIT_QUICK = {name: value for name, (value, _) in FIT_HYPERPARAMETERS.items()}
 FIT_PRESETS = {"quick": FIT_QUICK, "video": FIT_QUICK | dict(parameters=200_000, rate=6e-3, batch_size=1)}
 
 
+class GroupTrained(keras.Model):
+    """Base of models with an optimizer for each group of their variables. Keras saves `config` and `compile_config`."""
+
+    def variable_groups(self):
+        """The variables of each of the optimizers."""
+        return [self.trainable_variables]
+
+    def learn(self, loss):
+        """One step of each optimizer on its variables."""
+        self.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            for optimizer, variables in zip(self.optimizers, self.variable_groups()):
+                optimizer.apply([variable.value.grad for variable in variables], variables)
+
+    metrics = property(lambda self: self.trackers)  # without Keras's own loss tracker
+
+    def get_config(self):
+        return {"name": self.name, **self.config}
+
+    def get_compile_config(self):
+        return self.compile_config if self.compiled else {}
+
+    def compile_from_config(self, config):
+        self.compile(**config)
+
+
 # ---- The block ----
 
 
@@ -350,7 +377,7 @@ def fitting_loss(pictures, targets, alpha):
 
 
 @keras.saving.register_keras_serializable("inrn")
-class PictureFit(keras.Model):
+class PictureFit(GroupTrained):
     """A network that represents a picture or a video. `fit` takes frames (N, H, W, 3) in [-1, 1] and their times (N,).
 
     network: "inrn", or, to compare it with, "siren" or "relu" for a picture and "nerv" for a video. size: (H, W). time:
@@ -433,27 +460,12 @@ class PictureFit(keras.Model):
         return ops.mean(loss)
 
     def train_step(self, data):
-        self.zero_grad()
-        self.score(data, training=True).backward()
-        variables = self.trainable_variables
-        with torch.no_grad():
-            self.optimizers[0].apply([variable.value.grad for variable in variables], variables)
+        self.learn(self.score(data, training=True))
         return self.get_metrics_result()
 
     def test_step(self, data):
         self.score(data, training=False)
         return self.get_metrics_result()
-
-    metrics = property(lambda self: self.trackers)  # without Keras's own loss tracker
-
-    def get_config(self):
-        return {"name": self.name, **self.config}
-
-    def get_compile_config(self):
-        return self.compile_config if self.compiled else {}
-
-    def compile_from_config(self, config):
-        self.compile(**config)
 
 
 # ---- Four stages: from images to logits (section 2.3) ----
@@ -627,7 +639,7 @@ def top5_accuracy(labels, logits):
     return keras.metrics.sparse_top_k_categorical_accuracy(labels, logits, min(5, logits.shape[-1]))
 
 
-class Distiller(keras.Model):
+class Distiller(GroupTrained):
     """Trains a student: an INRN or, without a teacher, any Keras classifier. `save` saves the student alone.
 
     The loss is lambda_1 CE + lambda_2 sum over stages of MSE(1×1 convolution of O_s, standardized O_t) (equations 3, 4)
@@ -707,11 +719,8 @@ class Distiller(keras.Model):
         images, labels, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         logits, added = self.distillation(images) if self.teach else (self.student(images, training=True), 0.0)
         loss = self.task_weight * self.cross_entropy(labels, logits, sample_weight) + added
-        self.zero_grad()
-        loss.backward()
+        self.learn(loss)
         with torch.no_grad():
-            for optimizer, variables in zip(self.optimizers, self.variable_groups()):
-                optimizer.apply([variable.value.grad for variable in variables], variables)
             return self.update_metrics(labels, logits, sample_weight, loss, added)
 
     def test_step(self, data):
@@ -728,8 +737,6 @@ class Distiller(keras.Model):
         for metric, value in zip((loss, *distillation), losses):
             metric.update_state(value, sample_weight=len(labels))
         return self.get_metrics_result()
-
-    metrics = property(lambda self: self.trackers)  # without Keras's own loss tracker
 
     def save(self, *arguments, **options):
         """Saves the student alone: as `keras.Model.save`."""
@@ -788,7 +795,7 @@ def unpad(targets, chosen):
 
 
 @keras.saving.register_keras_serializable("inrn")
-class Detector(keras.Model):
+class Detector(GroupTrained):
     """Faster R-CNN, or with masks Mask R-CNN, of torchvision: stages of a backbone -> feature pyramid -> proposed
     regions -> their classes, boxes and masks.
 
@@ -815,7 +822,7 @@ class Detector(keras.Model):
         names = ("num_classes", "size", "masks", "backbone", "pyramid_width", "head_width", "anchor_size", "proposals",
                  "samples", "seed")
         self.config = {name: value for name, value in locals().items() if name in names} | options
-        self.feature_weight, self.optimizers = feature_weight, []
+        self.config["dtype"], self.feature_weight, self.optimizers = self.dtype_policy.name, feature_weight, []
         if backbone == "inrn":
             self.body = INRN(3, 1, dtype=dtype, **options)
             self.body.norm.trainable = self.body.head.trainable = False  # they only classify
@@ -919,11 +926,8 @@ class Detector(keras.Model):
         torch.manual_seed(2**32 * seed + step)  # torchvision samples regions by PyTorch's own generator
         losses = self.detect(images, unpad(targets | {"labels": targets["labels"] + 1}, chosen))  # 0: the background
         loss = sum(losses.values())
-        self.zero_grad()
-        loss.backward()
+        self.learn(loss)
         with torch.no_grad():
-            for optimizer, variables in zip(self.optimizers, self.variable_groups()):
-                optimizer.apply([variable.value.grad for variable in variables], variables)
             for name, value in {"loss": loss, **losses}.items():
                 self.trackers[name].update_state(value)
         return self.get_metrics_result()
@@ -945,15 +949,6 @@ class Detector(keras.Model):
         if self.precision.total.update_called:
             return self.precision.result()
         return {name: tracker.result() for name, tracker in self.trackers.items()}
-
-    def get_config(self):
-        return {"name": self.name, "dtype": self.dtype_policy.name, **self.config}
-
-    def get_compile_config(self):
-        return self.compile_config if self.compiled else {}
-
-    def compile_from_config(self, config):
-        self.compile(**config)
 
 
 def teacher_pyramid(teacher):

@@ -1980,7 +1980,9 @@ def test_benchmark(capsys):
     assert train.main(["--benchmark", "--image-size", "8", "--batch-size", "16", "--inner-steps", "2", "--dim", "32",
                        "--depth", "2", "--subsample", "1", "--blocks", "3"]) == 0
     figures = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    assert {"ms_per_step", "peak_memory_mb", "gflop_per_step"} < figures.keys() and min(figures.values()) >= 0
+    assert {"ms_per_step", "peak_memory_mb", "gflop_per_step"} < figures.keys() and min(figures.values()) > 0
+    parts = sum(figures[f"{part}_ms"] for part in ("forward", "backward", "optimizer"))
+    assert abs(parts - figures["ms_per_step"]) < 0.05
     # An inner step costs three passes; training triples all but the gradients of what is not learned.
     siren = 64 * (2 * 32 + 2 * 32**2 + 32)
     transformer = 64 * (33 * 32 + 3 * (6 * 32**2 + 2 * 64 * 32))

@@ -34,10 +34,12 @@ import signal
 import statistics
 import sys
 import time
+import unittest.mock
 import zipfile
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import keras
 import numpy as np
@@ -705,13 +707,26 @@ def benchmark(options, task):
         return timer.blocked_autorange(min_run_time=3).median  # synchronizes with a GPU
 
     dataset, count = load_dataset(options, task), options.batch_size
-    batch = to_tensors(training_batches(options, dataset)[0][0])
+    batches = training_batches(options, dataset)[0]
+    batch = to_tensors(batches[0])
     model = dict((name, model) for name, model, _ in build(options, task, dataset, 1000))[""]
     device = model.trainable_variables[0].value.device
     print(f"{options.preset}: batch {(count, *dataset.image_shape)}, {device_name()}", flush=True)
     step_seconds = seconds(lambda: model.train_step(batch))
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     memory = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else resident
+    # The profiler slows a step down, so its times are used as shares of the time measured without it.
+    named, shares = torch.profiler.record_function, dict.fromkeys(("step", "backward", "optimizer"), 0.0)
+    for optimizer in model.optimizers:
+        optimizer.apply = named("optimizer")(optimizer.apply)
+    with (unittest.mock.patch.object(torch.Tensor, "backward", named("backward")(torch.Tensor.backward)),
+          torch.profiler.profile() as profiler):
+        for _ in range(5):
+            named("step")(model.train_step)(batch)
+    for event in profiler.events():
+        if event.name in shares and event.device_type.name == device.type.upper():  # on a GPU: what its kernels take
+            shares[event.name] += event.time_range.elapsed_us()
+    backward, apply = (1e3 * step_seconds * shares[name] / shares["step"] for name in ("backward", "optimizer"))
     # FLOPs are counted without compilation and with unfused attention, which the counter supports on every device.
     options = argparse.Namespace(**{**vars(options), "compile": False})
     model = dict((name, model) for name, model, _ in build(options, task, dataset, 1000))[""]
@@ -720,7 +735,10 @@ def benchmark(options, task):
     side, gflop = 8192 if device.type == "cuda" else 2048, counter.get_total_flops() / 1e9
     matrix = torch.ones(side, side, dtype=getattr(torch, options.precision.removeprefix("mixed_")), device=device)
     rate = 2 * side**3 / seconds(lambda: matrix @ matrix) / 1e9
-    print(json.dumps({"ms_per_step": round(1e3 * step_seconds, 2), "images_per_second": round(count / step_seconds, 1),
+    print(json.dumps({"ms_per_step": round(1e3 * step_seconds, 2),
+                      "forward_ms": round(1e3 * step_seconds - backward - apply, 2), "backward_ms": round(backward, 2),
+                      "optimizer_ms": round(apply, 2), "data_ms": round(1e3 * seconds(lambda: batches[0]), 2),
+                      "images_per_second": round(count / step_seconds, 1),
                       "peak_memory_mb": round(memory), "gflop_per_step": round(gflop, 2), "matmul_gflops": round(rate),
                       "share_of_matmul_rate": round(gflop / step_seconds / rate, 3)}))
 
