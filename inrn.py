@@ -357,15 +357,16 @@ def similarity(pictures, others):
     weights, or the largest odd number that fits."""
     side = (min(11, *pictures.shape[1:3]) + 1) // 2 * 2 - 1
     window = ops.exp(-ops.square(ops.arange(side, dtype="float32") - side // 2) / (2 * 1.5**2))
-    window = ops.broadcast_to(ops.reshape(window / ops.sum(window), (1, side, 1, 1)), (1, side, 15, 1))
+    window = ops.broadcast_to(ops.reshape(window / ops.sum(window), (1, side, 1, 1)), (1, side, 12, 1))
     x, y = pictures + 1, others + 1                                                # intensities from 0 to 2
-    moments = ops.concatenate([x, y, x * x, y * y, x * y], axis=-1)                # (N, H, W, 15)
+    moments = ops.concatenate([x, y, x * x + y * y, x * y], axis=-1)               # (N, H, W, 12)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):               # variances need all digits
         for kernel in (window, ops.transpose(window, (1, 0, 2, 3))):
             moments = ops.depthwise_conv(moments, kernel, data_format="channels_last")
-    x, y, xx, yy, xy = ops.split(moments, 5, axis=-1)                              # local means
-    similar = (2 * x * y + 4e-4) * (2 * (xy - x * y) + 36e-4)                      # 0.01² and 0.03² of the range, 2
-    return ops.mean(similar / ((x * x + y * y + 4e-4) * (xx - x * x + yy - y * y + 36e-4)), axis=(1, 2, 3))
+    x, y, squares, products = ops.split(moments, 4, axis=-1)                       # local means
+    means, product = x * x + y * y, x * y
+    similar = (2 * product + 4e-4) * (2 * (products - product) + 36e-4)            # 0.01² and 0.03² of the range, 2
+    return ops.mean(similar / ((means + 4e-4) * (squares - means + 36e-4)), axis=(1, 2, 3))
 
 
 def fitting_loss(pictures, targets, alpha):
