@@ -77,7 +77,6 @@ HYPERPARAMETERS = {
     "separate_rate": (1e-3, "learning rate of the classifier in the other experiments"),
     "classifier_epochs": (3, "further epochs that train the classifier in latent, weights and pretrained"),
     "freeze_encoder": (True, "in pretrained, keep the encoder as it is after its training as a classifier"),
-    "point_stride": (1, "in training, reconstruct every n-th row and column of pixels, from random first ones (ours)"),
     "final_rate": (1.0, "final learning rates as a fraction of the initial ones, with cosine decay; 1: constant rates"),
     "batch_size": (64, "number of images per training step (our choice)"),
     "epochs": (50, "number of passes over the training images (our choice)"),
@@ -85,8 +84,8 @@ HYPERPARAMETERS = {
 PAPER = {name: value for name, (value, _) in HYPERPARAMETERS.items()}
 PRESETS = {
     # A tenth of the paper's parameters and time per step. Values chosen on held-out training images of MNIST.
-    "quick": {**PAPER, "encoder_width": 16, "dim": 64, "hyper_rate": 2e-4, "classifier_rate": 1e-3, "point_stride": 2,
-              "final_rate": 0.01, "epochs": 5},
+    "quick": {**PAPER, "encoder_width": 16, "dim": 64, "task_weight": 1.0, "hyper_rate": 2e-4, "classifier_rate": 1e-3,
+              "final_rate": 0.01, "epochs": 3},
     "paper": PAPER,
 }
 
@@ -288,7 +287,7 @@ class HyperINR(keras.Model):
 
     def __init__(self, image_size=28, channels=1, num_classes=10, classifier="joint", latent_dim=256, encoder_width=32,
                  dim=256, depth=3, omega=30.0, latent_penalty=0.1, weight_penalty=100.0, task_weight=0.1,
-                 freeze_encoder=True, point_stride=1, dtype=None, **kwargs):
+                 freeze_encoder=True, dtype=None, **kwargs):
         config = {name: value for name, value in dict(locals()).items()
                   if name in {*PAPER, "image_size", "channels", "num_classes"}}
         policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
@@ -296,7 +295,7 @@ class HyperINR(keras.Model):
         if classifier not in ("joint", "latent", "weights", "pretrained", "pixels"):
             raise ValueError(f"classifier must be joint, latent, weights, pretrained or pixels; got {classifier}")
         self.config, self.experiment, self.omega = {**config, "dtype": policy.name}, classifier, omega
-        self.image_size, self.channels, self.point_stride = image_size, channels, point_stride
+        self.image_size, self.channels = image_size, channels
         self.latent_penalty, self.weight_penalty, self.task_weight = latent_penalty, weight_penalty, task_weight
         pretrained = classifier == "pretrained"
         self.frozen = pretrained and freeze_encoder
@@ -305,7 +304,6 @@ class HyperINR(keras.Model):
         self.classifier = (weight_classifier(num_classes, dim, depth, policy) if classifier == "weights" else
                            latent_classifier(num_classes, latent_dim, classifier, policy))
         self.hypernetwork = HyperNetwork(latent_dim, dim, depth, channels, dtype=policy)
-        self.seed_generator = keras.random.SeedGenerator()
         self.render = render  # compile() may replace it with a compiled version
         self.trackers = [keras.metrics.Mean(name=name) for name in ("loss", "mse", "psnr")]
         self.trackers.append(keras.metrics.SparseCategoricalAccuracy(name="accuracy"))
@@ -409,17 +407,6 @@ class HyperINR(keras.Model):
         begins = int(self.optimizers[first].iterations) < self.steps[first]
         return begins == (first == 0), begins == (first == 1)
 
-    def sample_points(self, images, training):
-        """Coords (P, 2) and pixels (N, P, C) of images: in training of every point_stride-th row and column, from random
-        first ones (few points, but near all others: the gradient changes little), otherwise of all."""
-        grid = ops.reshape(coordinates(*images.shape[1:3], self.dtype), (*images.shape[1:3], 2))
-        if training and self.point_stride > 1:
-            first = keras.random.randint((2,), 0, self.point_stride, seed=self.seed_generator)
-            for axis, side in enumerate(images.shape[1:3]):
-                chosen = (first[axis] + ops.arange(0, side, self.point_stride)) % side
-                grid, images = ops.take(grid, chosen, axis=axis), ops.take(images, chosen, axis=axis + 1)
-        return ops.reshape(grid, (-1, 2)), ops.reshape(images, (len(images), -1, self.channels))
-
     def losses(self, images, labels, sample_weight=None, training=False):
         """Logits (N, num_classes), reconstruction errors (N,), and the two terms of the loss (section 5).
 
@@ -429,8 +416,8 @@ class HyperINR(keras.Model):
         latents = self.encode(images)
         # Except in `joint`, backpropagation stops between the two groups of variables.
         theta = self.hypernetwork(ops.stop_gradient(latents) if self.frozen else latents)
-        coords, pixels = self.sample_points(images, training)
-        errors = ops.mean(ops.square(self.render(theta, coords, self.omega) - pixels), axis=(1, 2))
+        rendered = self.render(theta, coordinates(*images.shape[1:3], self.dtype), self.omega)
+        errors = ops.mean(ops.square(rendered - ops.reshape(images, rendered.shape)), axis=(1, 2))
         tensors = [tensor for pair in theta for tensor in pair]
         mean_square_theta = sum(ops.sum(ops.square(x)) for x in tensors) / sum(math.prod(x.shape) for x in tensors)
         reconstruction = (ops.mean(errors) + self.latent_penalty * ops.mean(ops.square(latents))
@@ -486,7 +473,7 @@ def build(options, dataset, steps_per_epoch):
     further = options.classifier_epochs if separate else 0
     model = HyperINR(size, channels, len(dataset.class_names), options.classifier, options.latent_dim,
                      options.encoder_width, options.dim, options.depth, options.omega, options.latent_penalty,
-                     options.weight_penalty, options.task_weight, options.freeze_encoder, options.point_stride)
+                     options.weight_penalty, options.task_weight, options.freeze_encoder)
     epochs = options.epochs + further
     model.compile(epochs * steps_per_epoch, further * steps_per_epoch, options.hyper_rate, options.classifier_rate,
                   options.separate_rate, options.final_rate, options.compile)

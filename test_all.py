@@ -443,20 +443,6 @@ def test_hypernetwork_has_the_documented_initial_values():
         assert kernel.std(dim=0).mean().item() < 0.3 * start
 
 
-def test_training_reconstructs_every_second_row_and_column():
-    images, first = torch.rand(2, 6, 5, 1), set()
-    model = small_hyperinr(images, image_size=6, point_stride=2)
-    for _ in range(50):
-        coords, pixels = model.sample_points(images, training=True)
-        rows, columns = ((coords + 1) / 2 * torch.tensor([5, 4])).round().long().T
-        assert torch.equal(pixels, images[:, rows, columns])
-        assert {*zip(rows.tolist(), columns.tolist())} == {
-            (row, (columns[0].item() + step) % 5) for row in range(rows[0], 6, 2) for step in (0, 2, 4)}
-        first.add((rows[0].item(), columns[0].item()))
-    assert first == {(0, 0), (0, 1), (1, 0), (1, 1)}
-    assert [len(x) for x in model.sample_points(images, training=False)] == [30, 2]
-
-
 @pytest.mark.parametrize("experiment", ["joint", "latent", "weights", "pretrained", "pixels"])
 def test_hyperinr_trains_like_pytorch(experiment):
     """Two Adam optimizers with cosine decay: both learn in all six steps of `joint`, the second one in all of `pixels`,
