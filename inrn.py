@@ -99,8 +99,8 @@ HYPERPARAMETERS = {
 SMALL = {name: value for name, (value, _) in HYPERPARAMETERS.items()}
 # quick is for a CPU and small images; it was tuned on held-out training images of MNIST.
 PRESETS = {
-    "quick": SMALL | dict(widths="64,128,256,256", blocks="1,1,2,1", stem_stride=2, compression=2.0, epochs=3,
-                          teacher_epochs=2),
+    "quick": SMALL | dict(widths="64,128,256,256", blocks="1,1,2,1", stem_stride=2, compression=2.0, rate=4e-3,
+                          epochs=2, teacher_epochs=1),
     "small": SMALL,
     "medium": SMALL | dict(widths="88,176,352,352", blocks="1,3,6,2", stem_stride=4, compression=2.0),
     "large": SMALL | dict(widths="128,256,512,768", blocks="2,5,12,2", stem_stride=4, compression=2.0),
