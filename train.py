@@ -134,7 +134,8 @@ def parse(arguments):
         help="folder of ModelNet, COCO or TFDS (for TFDS: $TFDS_DATA_DIR or ~/tensorflow_datasets)")
     add("--run-dir", type=pathlib.Path, help="output folder (default: runs/<method>-<task>-<dataset>-<preset>-<seed>)")
     add("--save-every", type=number(int, 1), default=500, help="steps between checkpoints in an epoch (default: 500)")
-    add("--precision", choices=["float32", "mixed_bfloat16"], default="float32", help="of everything but the INR")
+    add("--precision", choices=["float32", "mixed_bfloat16"], default="float32",
+        help="of everything but the INR; bfloat16 is slower on CPUs without instructions for it (default: float32)")
     add("--compile", action="store_true", help="compile the INR with torch.compile (takes minutes at the start)")
     use.add_argument("--ablate", choices=task.ablations, help="train variants of the model and compare them")
     add("--seeds", type=number(int, 1), default=2, help="seeds per variant of --ablate, from --seed up (default: 2)")
