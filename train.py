@@ -25,6 +25,7 @@ import ctypes
 import datetime
 import importlib
 import io
+import itertools
 import json
 import math
 import os
@@ -39,7 +40,7 @@ import zipfile
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler of --benchmark would print lines of its own
 
 import keras
 import numpy as np
@@ -708,7 +709,7 @@ def benchmark(options, task):
         return timer.blocked_autorange(min_run_time=3).median  # synchronizes with a GPU
 
     dataset, count = load_dataset(options, task), options.batch_size
-    batches = training_batches(options, dataset)[0]
+    batches, numbers = training_batches(options, dataset)[0], itertools.count(1)
     batch = to_tensors(batches[0])
     model = dict((name, model) for name, model, _ in build(options, task, dataset, 1000))[""]
     device = model.trainable_variables[0].value.device
@@ -727,7 +728,7 @@ def benchmark(options, task):
     for event in profiler.events():
         if event.name in shares and event.device_type.name == device.type.upper():  # on a GPU: what its kernels take
             shares[event.name] += event.time_range.elapsed_us()
-    backward, apply = (1e3 * step_seconds * shares[name] / shares["step"] for name in ("backward", "optimizer"))
+    backward, optimizer = (1e3 * step_seconds * shares[name] / shares["step"] for name in ("backward", "optimizer"))
     # FLOPs are counted without compilation and with unfused attention, which the counter supports on every device.
     options = argparse.Namespace(**{**vars(options), "compile": False})
     model = dict((name, model) for name, model, _ in build(options, task, dataset, 1000))[""]
@@ -737,8 +738,9 @@ def benchmark(options, task):
     matrix = torch.ones(side, side, dtype=getattr(torch, options.precision.removeprefix("mixed_")), device=device)
     rate = 2 * side**3 / seconds(lambda: matrix @ matrix) / 1e9
     print(json.dumps({"ms_per_step": round(1e3 * step_seconds, 2),
-                      "forward_ms": round(1e3 * step_seconds - backward - apply, 2), "backward_ms": round(backward, 2),
-                      "optimizer_ms": round(apply, 2), "data_ms": round(1e3 * seconds(lambda: batches[0]), 2),
+                      "forward_ms": round(1e3 * step_seconds - backward - optimizer, 2),
+                      "backward_ms": round(backward, 2), "optimizer_ms": round(optimizer, 2),
+                      "data_ms": round(1e3 * seconds(lambda: batches[next(numbers) % len(batches)]), 2),
                       "images_per_second": round(count / step_seconds, 1),
                       "peak_memory_mb": round(memory), "gflop_per_step": round(gflop, 2), "matmul_gflops": round(rate),
                       "share_of_matmul_rate": round(gflop / step_seconds / rate, 3)}))
