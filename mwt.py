@@ -446,9 +446,7 @@ class MWT(keras.Model):
         accuracy.update_state(labels, logits, sample_weight)
         return self.get_metrics_result()
 
-    @property
-    def metrics(self):
-        return self.trackers
+    metrics = property(lambda self: self.trackers)  # without Keras's own loss tracker
 
     def get_config(self):
         return {"name": self.name, **self.config}
