@@ -16,11 +16,13 @@ import hashlib
 import io
 import os
 import sys
+import tempfile
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
 import keras
 import numpy as np
+from PIL import Image, ImageOps
 
 
 class DataError(ValueError):
@@ -60,10 +62,9 @@ class Split:
         """Inputs as the models take them, and labels, of the `share` of the indices. rng: given in training; augmented,
         flip: as in Batches. What is drawn for an example does not depend on the share."""
         images, labels = self[indices[share]]
-        if augmented == "crop" or augmented and min(images.shape[1:3]) >= 128:
-            images = augment_large(images, rng, flip, share, len(indices), crop=augmented == "crop")
-        elif augmented:
-            images = augment(images, rng, flip, share, len(indices))
+        if augmented:
+            draws, large = rng.random((len(indices), 6))[share], augmented == "crop" or min(images.shape[1:3]) >= 128
+            images = augment_large(images, draws, flip, augmented == "crop") if large else augment(images, draws, flip)
         return scale(images), labels
 
 
@@ -105,8 +106,8 @@ def load(name, data_dir=None, image_size=None, seed=0, points=None, squash=False
         return _load_tfds(name, data_dir, image_size, squash)
     size = image_size or 28
     return Dataset(Split(10_000, lambda indices: shapes(indices, size, seed=seed)),
-                   Split(2_000, lambda indices: shapes(10_000 + indices, size, seed=seed)), (size, size, 1), SHAPES, True,
-                   finer=lambda count, by: scale(shapes(range(10_000, 10_000 + count), by * size, seed=seed)[0]))
+                   Split(2_000, lambda indices: shapes(10_000 + indices, size, seed=seed)), (size, size, 1), SHAPES,
+                   flip=True, finer=lambda count, by: scale(shapes(range(10_000, 10_000 + count), by * size, seed=seed)[0]))
 
 
 def load_frames(name, data_dir=None, image_size=None, seed=0, points=None, squash=False):
@@ -142,7 +143,6 @@ def load_objects(name, data_dir=None, image_size=None, seed=0, points=None, squa
     """
     try:
         import pycocotools.coco
-        import pycocotools.mask
     except ImportError as error:
         raise DataError("objects in images need pycocotools: pip install torchvision==0.28.0 torchmetrics==1.9.0 "
                         "pycocotools==2.0.11") from error
@@ -214,7 +214,7 @@ def _distance(label, axis, center, radius, angle):
 
 def scenes(indices, size=128, seed=0, masks=False):
     """Renders pictures of up to eight shapes, nearer ones in front of others, in all colours and directions; scene i
-    depends on (seed, i) alone. A shape of which less than half would be visible is left out.
+    depends on (seed, i) alone. A shape of which at most half would be visible is left out.
 
     Returns images `uint8` (N, size, size, 3) and a list of dicts, as `Objects` reads them, of what is visible.
     """
@@ -223,7 +223,7 @@ def scenes(indices, size=128, seed=0, masks=False):
     for count, *numbers in _uniform(indices, 7 + 8 * 8, seed):
         below, above, *objects = np.split(np.array(numbers), [3, 6, *range(14, 70, 8)])
         free, image = np.ones((size, size)), np.zeros((size, size, 3))             # share of each pixel not yet drawn
-        boxes, labels, visible = [], [], []
+        labels, visible = [], []
         for kind, x, y, extent, angle, *color in objects[:2 + int(7 * count)]:
             radius = 0.15 + 0.3 * extent ** 2                                      # the picture has 1
             center = (2 * np.array([x, y]) - 1) * (1 - 0.7 * radius)
@@ -234,13 +234,12 @@ def scenes(indices, size=128, seed=0, masks=False):
             share = free * np.clip(0.5 - distance * size / 4, 0, 1)                # edges two pixels wide
             image += share[:, :, None] * color
             free -= share
-            rows, columns = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
-            boxes.append((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
             labels.append(int(10 * kind))
             visible.append(mask)
         ramp = (axis[:, None, None] + 1) / 2                                       # the background changes downwards
         image += free[:, :, None] * (below * ramp + above * (1 - ramp))
         images.append(np.rint(255 * image).astype(np.uint8))
+        boxes = [Image.fromarray(mask).getbbox() for mask in visible]
         targets.append(_target(boxes, labels, [0] * len(labels), visible if masks else None))
     return np.stack(images), targets
 
@@ -339,9 +338,8 @@ def _load_tfds(name, data_dir, image_size, squash):
     test = "test" if "test" in splits else "validation"
     if not {"train", test} <= {*splits}:
         raise DataError(f"{name} has the splits {', '.join(splits)}; train and test (or validation) are required")
-    return Dataset(*(Split(splits[split].num_examples, _reader(tfds, builder, split, image_size, squash))
-                     for split in ("train", test)),
-                   (image_size or height, image_size or width, channels), tuple(features["label"].names),
+    parts = [Split(splits[part].num_examples, _reader(builder, part, image_size, squash)) for part in ("train", test)]
+    return Dataset(*parts, (image_size or height, image_size or width, channels), tuple(features["label"].names),
                    flip=builder.name not in NO_FLIP)
 
 
@@ -359,10 +357,8 @@ def _prepare(builder, folder):
                         "TFDS_DATA_DIR to a folder that holds it, or use --dataset shapes") from error
 
 
-def _reader(tfds, builder, split, image_size, squash):
+def _reader(builder, split, image_size, squash):
     """The argument `read` of `Split`. Files of type TFRecord have no random access, so all their examples are kept."""
-    from PIL import Image
-
     def finish(example):
         image = example["image"]
         if image_size:
@@ -372,7 +368,7 @@ def _reader(tfds, builder, split, image_size, squash):
 
     random_access = "array_record" in [file_format.value for file_format in builder.info.available_file_formats()]
     source = functools.cache(lambda: builder.as_data_source(split) if random_access else
-                             [finish(example) for example in tfds.as_numpy(builder.as_dataset(split=split))])
+                             [finish(example) for example in builder.as_dataset(split).as_numpy_iterator()])
 
     def read(indices):
         try:  # __getitems__ decodes many examples together in half the time
@@ -398,15 +394,15 @@ def _reader(tfds, builder, split, image_size, squash):
 class Objects(Split):
     """Images and the objects in them. The labels of n examples are a dict of arrays, padded to the largest number M of
     objects: boxes `float32` (n, M, 4), left, top, right and bottom in pixels; labels (n, M), -1 where there is no
-    object; crowd (n, M), 1 for a region of several objects; if they are read masks `uint8` (n, M, H, W), 1 inside.
+    object; crowd (n, M), 1 for a region of several objects; and, where they are read, masks `uint8` (n, M, H, W).
 
     read: indices -> square images `uint8`, and for each a dict of arrays of its own objects, with masks as run lengths
     of pycocotools.
     """
 
     def examples(self, indices, rng=None, augmented=False, flip=False, share=slice(None)):
-        """With augmented, images with their padding are scaled by 0.1 to 2, cropped or padded, and with `flip` mirrored,
-        like in the large-scale jittering of torchvision's reference recipes (Ghiasi et al., CVPR 2021)."""
+        """With augmented, images with their padding are scaled by 0.1 to 2, cropped or padded, and with `flip`
+        mirrored, like in the large-scale jittering of torchvision's reference recipes (Ghiasi et al., CVPR 2021)."""
         from pycocotools import mask
 
         images, targets = self[indices[share]]
@@ -435,8 +431,6 @@ def _target(boxes, labels, crowd, masks):
 
 def _jitter(image, target, draw, flip):
     """One image (size, size, 3) and its target with decoded masks, scaled, moved and mirrored as `draw` (4,) says."""
-    from PIL import Image
-
     size, (factor, left, top, mirror) = len(image), draw
     side = max(1, round((0.1 + 1.9 * factor) * size))
     left, top = int(left * max(0, side - size + 1)), int(top * max(0, side - size + 1))
@@ -459,18 +453,14 @@ def _jitter(image, target, draw, flip):
 
 def _fit_into(picture, size, fill=(128,) * 3):
     """A Pillow image, scaled to fit into size × size and padded, with grey or the given value: (size, size, …)."""
-    from PIL import Image, ImageOps
-
-    canvas = Image.new(picture.mode, (size, size), fill)
-    canvas.paste(ImageOps.contain(picture, (size, size), Image.BILINEAR if picture.mode == "RGB" else Image.NEAREST))
-    return np.asarray(canvas)
+    method = Image.BILINEAR if picture.mode == "RGB" else Image.NEAREST
+    return np.asarray(ImageOps.pad(picture, (size, size), method, fill, centering=(0, 0)))
 
 
 def open_coco(folder, part, size, masks):
     """The `Objects` of a part of COCO 2017, "train2017" or "val2017", as its folder is downloaded, the names of its
     classes, and the number of boxes without area, which are left out. So are training images without objects. Raises
     DataError for missing files, unreadable annotations, and annotations of unknown images or classes."""
-    from PIL import Image
     from pycocotools import coco
 
     file = os.path.join(folder, "annotations", f"instances_{part}.json")
@@ -489,7 +479,7 @@ def open_coco(folder, part, size, masks):
                 raise ValueError(f"annotation {one['id']} is of image {one['image_id']} and category "
                                  f"{one['category_id']}, which are not both listed")
             if one["iscrowd"] not in (0, 1) or masks and not one["segmentation"]:
-                raise ValueError(f"annotation {one['id']} has no mask")
+                raise ValueError(f"annotation {one['id']} has no mask, or an iscrowd other than 0 and 1")
         sides = {image: np.array([index.imgs[image][side] for side in ("width", "height")]) for image in known}
         if absent := [image["file_name"] for image in index.imgs.values() if image["file_name"] not in files]:
             raise ValueError(f"{len(absent)} images, such as {absent[0]}, are not in {part}")
@@ -506,9 +496,8 @@ def open_coco(folder, part, size, masks):
     def read(indices):
         pictures, targets = [], []
         for image in [images[index] for index in indices]:
-            info, found = index.imgs[image], objects[image]
-            pictures.append(_read(os.path.join(folder, part, info["file_name"]), "RGB",
-                                  functools.partial(_fit_into, size=size), turn=False))
+            file, found = os.path.join(folder, part, index.imgs[image]["file_name"]), objects[image]
+            pictures.append(_fit_into(_open(file, "RGB", turn=False), size))
             boxes = np.array([one["bbox"] for one in found], float).reshape(-1, 2, 2)
             boxes[:, 1] += boxes[:, 0]
             boxes *= np.rint(size * sides[image] / sides[image].max()) / sides[image]
@@ -525,19 +514,9 @@ def open_coco(folder, part, size, masks):
 
 def _cover(picture, height, width, squash):
     """A Pillow image, scaled to cover height × width and cropped at its center, or squashed: (H, W, C)."""
-    from PIL import Image, ImageOps
-
     resize = Image.Image.resize if squash else ImageOps.fit
     picture = resize(picture, (width, height), Image.BILINEAR if squash else Image.BICUBIC)
     return np.asarray(picture).reshape(height, width, -1)
-
-
-def read_image(path, height, width, channels, squash=False):
-    """Reads an image file of any size and mode as `uint8` (height, width, channels), scaled and cropped as in `load`.
-
-    Transparent parts become black, the background of most datasets. Raises DataError for an incomplete image.
-    """
-    return _read(path, "L" if channels == 1 else "RGB", lambda picture: _cover(picture, height, width, squash))
 
 
 def open_frames(path, longest):
@@ -545,16 +524,13 @@ def open_frames(path, longest):
     (H, W, 3), and a function from indices (n,) to frames `uint8` (n, H, W, 3), which reads them from the files. They
     are scaled down if a side exceeds `longest`. Reads every file at first, to compare their sizes. Raises DataError for
     no images, incomplete images and images of different sizes."""
-    from PIL import Image
-
-    read = functools.partial(_read, mode="RGB", finish=functools.partial(_shrink, longest=longest))
-    Image.init()
     paths = [path]
     if os.path.isdir(path):
         paths = sorted(file for file in glob.glob(os.path.join(glob.escape(path), "*"))
-                       if os.path.splitext(file)[1].lower() in Image.EXTENSION)
+                       if os.path.splitext(file)[1].lower() in Image.registered_extensions())
     if not paths:
         raise DataError(f"{path} has no image files: use the folder that holds the frames of a video")
+    read = lambda file: np.asarray(_open(file, "RGB", longest))
     shapes = [read(file).shape for file in paths]
     for file, shape in zip(paths, shapes):
         if shape != shapes[0]:
@@ -563,15 +539,9 @@ def open_frames(path, longest):
     return len(paths), shapes[0], lambda indices: np.stack([read(paths[index]) for index in indices])
 
 
-def _shrink(picture, longest):
-    """A Pillow image, scaled down if a side exceeds `longest`: (H, W, …)."""
-    picture.thumbnail((longest, longest))
-    return np.asarray(picture)
-
-
-def _read(path, mode, finish, turn=True):
-    from PIL import Image, ImageOps
-
+def _open(path, mode, longest=2**31, turn=True):
+    """A Pillow image, read from a file of any size and mode, and scaled down if a side exceeds `longest`. Transparent
+    parts become black, the background of most datasets. Raises DataError for unreadable and incomplete files."""
     Image.MAX_IMAGE_PIXELS = None  # no limit: the file is the user's own
     try:
         with Image.open(path) as file:
@@ -581,10 +551,12 @@ def _read(path, mode, finish, turn=True):
             elif picture.has_transparency_data:
                 picture = picture.convert("RGBA")
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, (0, 0, 0, 255)), picture)
-            return finish(picture.convert(mode))
+            picture = picture.convert(mode)  # decodes all of the file
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, …
         raise DataError(f"cannot read {path} as an image ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
                         ) from error
+    picture.thumbnail((longest, longest))
+    return picture
 
 
 # ---- Surfaces in space: examples are coordinates and their distances from a surface ----
@@ -597,8 +569,8 @@ class Surfaces(Split):
     """Surfaces in the cube [-1, 1]³. The input of an example is a pair: coords (sets, P, 3), uniform in the cube, and
     their distances (sets, P, 1) from the surface in the same unit, both `float32`.
 
-    read: indices -> an array of surfaces, and labels. measure: (surface, label, coords (P, 3), rng) -> distances (P,), of
-    the augmented surface if rng is given. sizes: (sets, P) in training, and (sets, P) otherwise.
+    read: indices -> an array of surfaces, and labels. measure: (surface, label, coords (P, 3), rng) -> distances (P,),
+    of the augmented surface if rng is given. sizes: (sets, P) in training, and (sets, P) otherwise.
     """
 
     def __init__(self, count, read, measure, sizes):
@@ -612,7 +584,8 @@ class Surfaces(Split):
         rngs = rng.spawn(len(indices)) if augmented else [None] * len(indices)
         coords = np.repeat(2 * drawn - 1, len(indices) // len(drawn), axis=0)[share]
         surfaces, labels = self[indices[share]]
-        distances = [self.measure(*one) for one in zip(surfaces, labels, coords.reshape(len(coords), -1, 3), rngs[share])]
+        queries = coords.reshape(len(coords), -1, 3)
+        distances = [self.measure(*surface) for surface in zip(surfaces, labels, queries, rngs[share])]
         return (coords, np.reshape(distances, (*coords.shape[:3], 1))), labels
 
     def volumes(self, count, size):
@@ -634,7 +607,7 @@ def load_surfaces(name, data_dir=None, image_size=None, seed=0, points=None):
         raise DataError(f"{name} has surfaces, not images: remove --image-size, and use --method mwt")
     sizes = [(sets, max(1, int(fraction * (1024 if name == "solids" else POINTS)))) for sets, fraction in points]
     if name == "solids":
-        train, test = (Surfaces(count, lambda indices, first=first: solids(first + indices, seed), solid_distances, sizes)
+        train, test = (Surfaces(count, lambda i, first=first: solids(first + i, seed), solid_distances, sizes)
                        for first, count in ((0, 30_000), (30_000, 2_000)))
         return Dataset(train, test, (*sizes[1], 1), SOLIDS, finer=test.volumes, axes=3)
     folder = data_dir or "."
@@ -642,8 +615,8 @@ def load_surfaces(name, data_dir=None, image_size=None, seed=0, points=None):
     paths = [os.path.relpath(path, folder) for path in sum(parts, [])]
     names = sorted({path.split(os.sep)[0] for path in paths})
     if not all(parts):
-        raise DataError(f"{folder} has no files CLASS/{{train,test}}/*.off: set --data-dir to the folder of {name} from "
-                        "https://modelnet.cs.princeton.edu")
+        raise DataError(f"{folder} has no files CLASS/{{train,test}}/*.off: set --data-dir to the folder of {name} "
+                        "from https://modelnet.cs.princeton.edu")
     labels, meshes = np.array([names.index(path.split(os.sep)[0]) for path in paths]), functools.cache(_read_meshes)
     train, test = (Surfaces(len(part), lambda i, first=first: (meshes(folder, *paths)[first + i], labels[first + i]),
                             point_distances, sizes) for first, part in zip((0, len(parts[0])), parts))
@@ -655,9 +628,9 @@ def read_example(task, name, path, image_shape, squash=False):
     its own size or at most 1,024 pixels, or for surfaces a mesh. Returns a batch of one input, and `Dataset.finer` for
     it. Raises DataError for an unsuitable file."""
     if task in ("detect", "segment"):
-        return scale(_read(path, "RGB", functools.partial(_shrink, longest=1024))[None]), None
+        return scale(np.asarray(_open(path, "RGB", 1024))[None]), None
     if name not in SURFACES:
-        return scale(read_image(path, *image_shape, squash)[None]), None
+        return scale(_cover(_open(path, "L" if image_shape[2] == 1 else "RGB"), *image_shape[:2], squash)[None]), None
     points = mesh_points(*read_off(path), 0.65 if name == "solids" else 1.0)  # as large as the surfaces of the dataset
     split = Surfaces(1, lambda indices: (points[None], np.zeros(1, int)), point_distances, [image_shape[:2]] * 2)
     return split.examples(np.arange(1))[0], split.volumes
@@ -683,19 +656,6 @@ def solid_distances(parameters, label, coords, rng=None):
     return size * np.abs(_SOLIDS[SOLIDS[label]](x, y, z, np.hypot(x, y), *parameters[5:]))
 
 
-def solid_points(parameters, label, count, rng):
-    """Points (count, 3) of one surface of `solids`, uniform by area: random points nearer than 0.004, moved onto it."""
-    points = np.empty((0, 3))
-    while len(points) < count:
-        near = rng.uniform(-1, 1, (2**20, 3))
-        near = near[solid_distances(parameters, label, near) < 0.004]
-        forth, back = ([solid_distances(parameters, label, near + step) for step in sign * np.eye(3) / 2**20]
-                       for sign in (1, -1))
-        slope = np.subtract(forth, back).T * 2**19
-        points = np.concatenate([points, near - solid_distances(parameters, label, near)[:, None] * slope])
-    return points[:count]
-
-
 def _segment(r, z, r0, z0, r1, z1):
     """Distance from a line in the half-plane (r, z), which is a frustum, a disk or a cylinder in space."""
     along = np.clip(((r - r0) * (r1 - r0) + (z - z0) * (z1 - z0)) / ((r1 - r0) ** 2 + (z1 - z0) ** 2), 0, 1)
@@ -713,8 +673,8 @@ def _table(x, y, z, half_x, half_y, bottom, top):
     return np.minimum(legs, _block(x, y, z, half_x, half_y, top - 0.14, top))
 
 
-# Distance, up to its sign, of (x, y, z) from surfaces that reach about as far as the unit sphere. r is the distance from
-# the vertical axis; a, b and c are proportions from 0 to 1.
+# Distance, up to its sign, of (x, y, z) from surfaces that reach about as far as the unit sphere. r is the distance
+# from the vertical axis; a, b and c are proportions from 0 to 1.
 _SOLIDS = {
     "torus": lambda x, y, z, r, a, b, c: np.hypot(r - 0.5 - 0.2 * a, z) - 0.15 - 0.15 * b,
     "chair": lambda x, y, z, r, a, b, c: np.minimum(
@@ -771,10 +731,8 @@ def mesh_points(vertices, triangles, largest=1.0):
     """32,768 points of a mesh, uniform by area, centered, scaled to `largest` as the largest absolute coordinate (MWT);
     in units of 1/32767: `int16` (32768, 3)."""
     rng, areas = np.random.default_rng(0), _areas(vertices, triangles)
-    a, b, c = vertices[triangles[rng.choice(len(areas), POINTS, p=areas / areas.sum())]].swapaxes(0, 1)
-    u, v = rng.random((2, POINTS, 1))
-    u, v = np.where(u + v > 1, (1 - u, 1 - v), (u, v))  # the half of the parallelogram that is the triangle
-    points = a + u * (b - a) + v * (c - a)
+    corners = vertices[triangles[rng.choice(len(areas), POINTS, p=areas / areas.sum())]]                # (POINTS, 3, 3)
+    points = (rng.dirichlet([1, 1, 1], POINTS)[:, :, None] * corners).sum(axis=1)  # uniform in each triangle
     points -= points.mean(axis=0)
     return np.rint(points / np.abs(points).max() * largest * 32767).astype(np.int16)
 
@@ -787,16 +745,14 @@ def _read_meshes(folder, *paths):
         gc.freeze()  # otherwise the garbage collector searches all of Keras's objects, for half of the time
         progress = keras.utils.Progbar(len(paths), interval=0.2 if sys.stdout.isatty() else 30, unit_name="mesh")
         try:
-            with open(cache + ".new", "wb") as file:
-                for count, path in enumerate(paths, 1):
-                    file.write(mesh_points(*read_off(os.path.join(folder, path))).tobytes())
-                    progress.update(count)
-            os.replace(cache + ".new", cache)
+            with tempfile.TemporaryDirectory(dir=folder) as temporary:
+                with open(os.path.join(temporary, "points"), "wb") as file:
+                    for count, path in enumerate(paths, 1):
+                        file.write(mesh_points(*read_off(os.path.join(folder, path))).tobytes())
+                        progress.update(count)
+                os.replace(file.name, cache)
         except OSError as error:
             raise DataError(f"cannot write {cache} ({error.strerror}): {len(paths) * 197e-6:.2f} GB needed") from error
-        finally:
-            if os.path.exists(cache + ".new"):
-                os.unlink(cache + ".new")
     return np.memmap(cache, np.int16, "r", shape=(len(paths), POINTS, 3))
 
 
@@ -871,28 +827,25 @@ class Batches(keras.utils.PyDataset):
                 yield waiting.popleft().result()
 
 
-def augment(images, rng, flip, share=slice(None), count=None):
-    """images (N, H, W, C) -> the same shape, shifted by up to 4 pixels and, with `flip`, mirrored at random. (MWT) They
-    are a share of `count` images, for all of which random numbers are drawn."""
-    size, height, width, _ = images.shape
+def augment(images, draws, flip):
+    """images (N, H, W, C) -> the same shape, shifted by up to 4 pixels and, with `flip`, mirrored at random. (MWT)
+    draws: random numbers in [0, 1), at least three for each image."""
     padded = np.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)), mode="reflect")
-    rows, columns = (rng.integers(0, 9, count or size)[share, None] + np.arange(side) for side in (height, width))
+    rows, columns = (np.arange(images.shape[i]) + (9 * draws[:, i, None]).astype(int) for i in (1, 2))
     if flip:
-        columns = np.where(rng.random(count or size)[share, None] < 0.5, columns[:, ::-1], columns)      # (N, W)
-    return padded[np.arange(size)[:, None, None], rows[:, :, None], columns[:, None, :]]
+        columns = np.where(draws[:, :1] < 0.5, columns[:, ::-1], columns)                                # (N, W)
+    return padded[np.arange(len(images))[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
-def augment_large(images, rng, flip, share=slice(None), count=None, crop=False):
+def augment_large(images, draws, flip, crop=False):
     """`uint8` images (N, H, W, C) -> the same shape, changed as those of Imagenette by MWT: padded by an eighth of each
     side (reflection), rotated by up to 30 degrees (corners become black), cropped to 0.8 to 1 of the area with an
     aspect ratio of 3/4 to 4/3, scaled to the old size, and with `flip` mirrored at random. crop: without padding and
-    rotation, to 0.08 to 1 of the area (Szegedy et al., 2015). share, count: as above."""
-    from PIL import Image
-
+    rotation, to 0.08 to 1 of the area (Szegedy et al., 2015). draws: random numbers in [0, 1), six for each image."""
     height, width, channels = images.shape[1:]
     pads, augmented = [(0 if crop else side // 8,) * 2 for side in (height, width, 0)], []
     least, turn = (0.08, 0) if crop else (0.8, 60)
-    for image, (angle, area, ratio, top, left, mirror) in zip(images, rng.random((count or len(images), 6))[share]):
+    for image, (angle, area, ratio, top, left, mirror) in zip(images, draws):
         padded = np.pad(image, pads, mode="reflect")
         picture = Image.fromarray(padded[:, :, 0] if channels == 1 else padded)
         side, aspect = ((least + (1 - least) * area) * picture.height * picture.width) ** 0.5, (3 / 4) ** (ratio - 0.5)

@@ -56,7 +56,6 @@ print(model.render(times=[0.0], height=64, width=64).shape)           # interpol
 """
 
 import bisect
-import colorsys
 import copy
 import functools
 import math
@@ -82,9 +81,9 @@ HYPERPARAMETERS = {
     "compression": (0.5, "compression coefficient: above 1 blocks compress first, below 1 they expand first, 1: flat"),
     "activation": ("gelu", "activation function: gelu or relu"),
     "hybrid": ("interleaved", "position of the convolution in a block: interleaved, front, post, or mlp for none"),
-    "teacher": ("train", "train: a small residual CNN, trained first on the same images; resnet56: the same of 56 "
-                "layers; none; resnet101: trained on ImageNet, downloaded; or the .keras file of a Keras classifier "
-                "for images in [-1, 1]"),
+    "teacher": ("train", "train: a small residual CNN, trained first on the same images; resnet56: likewise the "
+                "ResNet-56 of the literature on CIFAR; none; resnet101: trained on ImageNet, downloaded; or the .keras "
+                "file of a Keras classifier for images in [-1, 1]"),
     "teacher_layers": ("", "names of the teacher's layers for the four stages, A,B,C,D (empty: matched by resolution)"),
     "teacher_epochs": (30, "epochs for training the teacher, with --teacher train or resnet56"),
     "task_weight": (1.0, "weight of the cross-entropy (lambda_1)"),
@@ -150,26 +149,66 @@ FIT_HYPERPARAMETERS = {
     "relu_rate": (3e-3, "initial learning rate of the ReLU MLP"),
     "nerv_rate": (5e-3, "initial learning rate of the network of NeRV's blocks"),
     "batch_size": (4, "frames per training step"),
-    "epochs": (20, "number of epochs; an epoch shows each frame equally often, and about 200 or more in all"),
+    "epochs": (20, "number of epochs; an epoch shows each frame equally often, at least 200 frames in all"),
 }
 FIT_QUICK = {name: value for name, (value, _) in FIT_HYPERPARAMETERS.items()}
 FIT_PRESETS = {"quick": FIT_QUICK, "video": FIT_QUICK | dict(parameters=200_000, rate=6e-3, batch_size=1)}
 
 
+@keras.saving.register_keras_serializable("inrn")
+class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
+    """A learning rate that rises linearly to `rate` in the first twentieth of the steps and then falls to 0 along half
+    a cosine. (Keras's CosineDecay reads the step back from a GPU if it has a warm-up.)"""
+
+    def __init__(self, rate, total_steps):
+        self.rate, self.total_steps = rate, total_steps
+
+    def __call__(self, step):
+        step, warm = ops.cast(step, "float32"), self.total_steps // 20
+        progress = ops.clip((step - warm) / max(1, self.total_steps - warm), 0.0, 1.0)
+        return self.rate * ops.minimum(step / warm if warm else 1.0, (1 + ops.cos(math.pi * progress)) / 2)
+
+    def get_config(self):
+        return {"rate": self.rate, "total_steps": self.total_steps}
+
+
 class GroupTrained(keras.Model):
-    """Base of models with an optimizer for each group of their variables. Keras saves `config` and `compile_config`."""
+    """Base of models with an optimizer for each group of their variables. Keras saves `config` and `compile_config`.
+
+    A subclass defines score(data, training), which returns the loss of a batch, a scalar, and updates the metrics, and
+    `trackers`, its metrics. `alignment`: 1×1 convolutions that only the training needs."""
+
+    alignment = ()
 
     def variable_groups(self):
-        """The variables of each of the optimizers."""
-        return [self.trainable_variables]
+        """The variables of each optimizer: the model's own and, if there are any, those of the 1×1 convolutions."""
+        added = [variable for layer in self.alignment for variable in layer.trainable_variables]
+        own = [variable for variable in self.trainable_variables if all(variable is not other for other in added)]
+        return [own, added] if added else [own]
 
-    def learn(self, loss):
-        """One step of each optimizer on its variables."""
+    def compile(self, total_steps, rate=1e-3, weight_decay=0.05):
+        """AdamW with `WarmupCosine` for each group of variables. total_steps: epochs × batches. Gradients are clipped
+        to norm 1. Biases and normalization, all of one axis, have no weight decay."""
+        self.compile_config = dict(total_steps=total_steps, rate=rate, weight_decay=weight_decay)
+        super().compile(optimizer=None, jit_compile=False)
+        self.optimizers = [keras.optimizers.AdamW(WarmupCosine(rate, total_steps), weight_decay=weight_decay,
+                                                  global_clipnorm=1.0) for _ in self.variable_groups()]
+        for optimizer, variables in zip(self.optimizers, self.variable_groups()):
+            optimizer.exclude_from_weight_decay([variable for variable in variables if len(variable.shape) == 1])
+            optimizer.build(variables)
+
+    def train_step(self, data):
+        loss = self.score(data, training=True)
         self.zero_grad()
         loss.backward()
         with torch.no_grad():
             for optimizer, variables in zip(self.optimizers, self.variable_groups()):
                 optimizer.apply([variable.value.grad for variable in variables], variables)
+        return self.get_metrics_result()
+
+    def test_step(self, data):
+        self.score(data, training=False)
+        return self.get_metrics_result()
 
     metrics = property(lambda self: self.trackers)  # without Keras's own loss tracker
 
@@ -187,8 +226,8 @@ class GroupTrained(keras.Model):
 
 
 def built(kind, inputs, outputs, initializer=None, **options):
-    """A Keras layer of class `kind`, built for (N, H, W, inputs). The default initializer is U(±1 / sqrt(inputs)), a
-    third of the variance that preserves the signal's."""
+    """A Keras layer of class `kind`, built for (N, H, W, inputs). The default initializer is U(±1 / sqrt(fan_in)),
+    a third of the variance that preserves the signal's."""
     initializer = initializer or keras.initializers.VarianceScaling(1 / 3, "fan_in", "uniform")
     layer = kind(outputs, kernel_initializer=initializer, **options)
     layer.build((None, None, None, inputs))
@@ -212,8 +251,9 @@ class INReBlock(keras.layers.Layer):
     added: the identity if the shape does not change, otherwise a strided convolution (a dense layer with "mlp"). The
     last layer starts at zero, so a new block equals its shortcut. Normalization and shortcut are ours.
 
-    upscale: s; above 1 the block returns (N, s H, s W, width), without stride or zeros; its layers are as wide as its
-    inputs. The last, or a convolution between the others, and a dense shortcut compute s² pixels for each position.
+    upscale: s; above 1 the block returns (N, s H, s W, width); stride must be 1, the last layer does not start at zero,
+    and its layers are as wide as its inputs. The last, or a convolution between the others, and a dense shortcut
+    compute s² pixels for each position.
     compression: c; the MLP's hidden width is width / c. At 1 the block is flat; below 1 it expands first.
     activation: "gelu" (exact, not approximated) or "relu".
     hybrid (Table 1): "interleaved": the convolution has the narrower width, between the layers or, for c < 1, before
@@ -263,9 +303,6 @@ class INReBlock(keras.layers.Layer):
             y = ops.reshape(y, (*y.shape[:3], -1)) if several else y
         return pixels(y + (x if self.shortcut is None else self.shortcut(x)), self.upscale)
 
-    def get_config(self):
-        return {**super().get_config(), **self.config}
-
 
 # ---- Single stage: from an embedding to a picture, or from its time to a frame (section 2.3) ----
 
@@ -300,9 +337,10 @@ def single_stage(size, time, parameters, width, blocks, compression, activation,
 
     Blocks double the resolution, each with 0.8 (pictures) or 0.6 times the width of the last. The features of a picture
     are learned maps, with about half of the parameters; further blocks keep the resolution, and a last layer draws p²
-    pixels for each position (p ≤ 4). Those of a video are two dense layers' of sines and cosines of the time; blocks
-    get four more channels, learned maps, if these have at most a fifth of the parameters. nerv: the blocks are NeRV's
-    (Chen et al., NeurIPS 2021): 3×3 convolution, GELU and `depth_to_space`, without maps, and a last convolution."""
+    pixels for each position (p ≤ 4). Those of a video are computed by two dense layers from sines and cosines of its
+    time; each block gets four more channels, learned maps, if these have at most a fifth of the parameters. nerv: the
+    blocks are NeRV's (Chen et al., NeurIPS 2021): 3×3 convolution, GELU and `depth_to_space`, without maps, and a last
+    convolution."""
     linear, conv = functools.partial(dense, dtype="float32"), functools.partial(convolution, dtype="float32")
     positions = parameters / (2560 if time else 7)  # of the 16 × 32 weights or 7/4 × 2 channels for each
     cell = 2 ** max(int(time), round(math.log2(math.prod(size) / positions) / 2))
@@ -442,7 +480,7 @@ class PictureFit(GroupTrained):
         """Adam, whose learning rate decays from `rate` to 0 over total_steps along half a cosine. beta_2 is 0.9, not
         0.999: gradients shrink by orders of magnitude during a fit."""
         self.compile_config = dict(total_steps=total_steps, rate=rate)
-        super().compile(optimizer=None, jit_compile=False)
+        keras.Model.compile(self, optimizer=None, jit_compile=False)
         self.optimizers = [keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(rate, max(1, total_steps)),
                                                  beta_2=0.9, epsilon=1e-8)]
         self.optimizers[0].build(self.trainable_variables)
@@ -459,14 +497,6 @@ class PictureFit(GroupTrained):
             for tracker, values in zip(self.trackers, (loss, 10 * ops.log10(4 / squared), ssim)):
                 tracker.update_state(values)
         return ops.mean(loss)
-
-    def train_step(self, data):
-        self.learn(self.score(data, training=True))
-        return self.get_metrics_result()
-
-    def test_step(self, data):
-        self.score(data, training=False)
-        return self.get_metrics_result()
 
 
 # ---- Four stages: from images to logits (section 2.3) ----
@@ -578,7 +608,8 @@ def match_layers(teacher, student, image_shape, names=()):
     if len(shapes) != 1 or len(shapes[0]) != 3 or any(n not in (None, side) for n, side in zip(shapes[0], image_shape)):
         raise ValueError(f"the teacher takes {', '.join(map(str, shapes))}, the images are {tuple(image_shape)}")
     # Layers before the first one with weights only scale or repeat the image.
-    first = next((i for i, layer in enumerate(teacher.layers) if layer.trainable_weights), 0)
+    first = next((i for i, layer in enumerate(teacher.layers)
+                  if layer.weights and not isinstance(layer, keras.layers.Normalization)), 0)
     layers = {layer.name: layer for layer in teacher.layers[first:] if len(getattr(layer.output, "shape", ())) == 4}
     if names:
         if len(names) != 4 or not {*names} <= {*layers}:
@@ -602,36 +633,17 @@ def match_layers(teacher, student, image_shape, names=()):
 # ---- Distillation ----
 
 
-def standardize(x):
-    """A layer's outputs (N, h, w, D) with mean 0 and variance 1 per image, so that the teacher's scale does not matter:
-    the teacher's transformation in equation 3."""
-    x = ops.cast(x, "float32")
-    mean, variance = ops.moments(x, axes=(1, 2, 3), keepdims=True)
-    return (x - mean) * ops.rsqrt(variance + 1e-6)
-
-
 def feature_loss(alignment, outputs, features):
     """The sum over stages of equation 3, a scalar: the mean squared error between the 1×1 convolution of a stage's
-    output (N, h, w, D) and the teacher's standardized features, to whose resolution it is interpolated."""
+    output (N, h, w, D) and the teacher's features, to whose resolution it is interpolated. The features are scaled to
+    mean 0 and variance 1 per image, so that the teacher's scale does not matter: its transformation in equation 3."""
     total = 0.0
     for align, output, feature in zip(alignment, outputs, features):
-        aligned, target = ops.cast(align(output), "float32"), standardize(feature)
-        if aligned.shape[1:3] != target.shape[1:3]:
-            aligned = ops.image.resize(aligned, target.shape[1:3], data_format="channels_last")
+        target = ops.layer_normalization(ops.cast(feature, "float32"), axis=(1, 2, 3), epsilon=1e-6)
+        aligned = ops.cast(align(output), "float32")
+        aligned = ops.image.resize(aligned, target.shape[1:3], data_format="channels_last")
         total = total + ops.mean(ops.square(aligned - target))
     return total
-
-
-def adamw(variables, total_steps, rate, weight_decay):
-    """AdamW whose learning rate warms up over 5 % of the steps and decays to 0 along half a cosine. Gradients are
-    clipped to norm 1. Biases and normalization, all of one axis, have no weight decay."""
-    warm = total_steps // 20
-    schedule = keras.optimizers.schedules.CosineDecay(0.0 if warm else rate, max(1, total_steps - warm),
-                                                      warmup_target=rate if warm else None, warmup_steps=warm)
-    optimizer = keras.optimizers.AdamW(schedule, weight_decay=weight_decay, global_clipnorm=1.0)
-    optimizer.exclude_from_weight_decay([variable for variable in variables if len(variable.shape) == 1])
-    optimizer.build(variables)
-    return optimizer
 
 
 @keras.saving.register_keras_serializable("inrn")
@@ -651,8 +663,7 @@ class Distiller(GroupTrained):
     logits or probabilities, or features if logits_weight is 0; it is frozen. None: the loss is the cross-entropy alone.
     layers: see `match_layers`. Raises ValueError as `match_layers` does, and for a teacher of other classes or outputs.
 
-    Metrics: loss (in evaluation the cross-entropy); accuracy; top5_accuracy; with a teacher distillation, all but the
-    cross-entropy.
+    Metrics: loss; accuracy; top5_accuracy; with a teacher distillation, the part of the loss that comes from it.
     """
 
     def __init__(self, student, teacher=None, image_shape=None, layers=(), task_weight=1.0, feature_weight=1.0,
@@ -690,54 +701,35 @@ class Distiller(GroupTrained):
         return self.student(images, training=training)
 
     def compile(self, total_steps, rate=1e-3, weight_decay=0.05):
-        """An optimizer of `adamw` for the student, and another one for the 1×1 convolutions. total_steps: epochs ×
-        batches. The student is compiled too: saved and loaded, it can be evaluated, or trained further with the same
-        optimizer, whose weight decay then applies to all variables."""
-        super().compile(optimizer=None, jit_compile=False)
-        self.optimizers = [adamw(variables, total_steps, rate, weight_decay) for variables in self.variable_groups()]
+        """As `GroupTrained.compile`. The student is compiled too: saved and loaded, it can be evaluated, or trained
+        further with the same optimizer, whose weight decay then applies to all variables."""
+        super().compile(total_steps, rate, weight_decay)
         self.student.compile(self.optimizers[0], self.cross_entropy, metrics=["accuracy", top5_accuracy],
                              jit_compile=False)
-
-    def variable_groups(self):
-        """Variables of the student and, with a teacher, of the 1×1 convolutions: one list per optimizer."""
-        groups = [self.student.trainable_variables]
-        return groups + [[v for layer in self.alignment for v in layer.trainable_variables]] if self.teach else groups
 
     def distillation(self, images):
         """The student's logits (N, num_classes), and the part of the loss that comes from the teacher: a scalar."""
         outputs = self.student.stage_outputs(images)
         logits = self.student.classify(outputs["stage4"])
         *features, taught = self.teach(images)
-        outputs = [outputs[stage] for stage in self.matched]
-        total = self.feature_weight * feature_loss(self.alignment, outputs, features)
+        total = self.feature_weight * feature_loss(self.alignment, [outputs[name] for name in self.matched], features)
         if self.logits_weight:
             taught = ops.cast(taught, "float32")
             taught = ops.log(ops.maximum(taught, 1e-7)) if self.probabilities else taught
             total = total + self.logits_weight * self.divergence.compute_loss(taught, logits)
         return logits, total
 
-    def train_step(self, data):
+    def score(self, data, training):
         images, labels, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        logits, added = self.distillation(images) if self.teach else (self.student(images, training=True), 0.0)
+        logits, added = self.distillation(images) if self.teach else (self.student(images, training=training), 0.0)
         loss = self.task_weight * self.cross_entropy(labels, logits, sample_weight) + added
-        self.learn(loss)
         with torch.no_grad():
-            return self.update_metrics(labels, logits, sample_weight, loss, added)
-
-    def test_step(self, data):
-        images, labels, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        logits = self.student(images, training=False)
-        loss = self.cross_entropy(labels, logits, sample_weight)
-        results = self.update_metrics(labels, logits, sample_weight, loss)
-        return {name: value for name, value in results.items() if name != "distillation"}
-
-    def update_metrics(self, labels, logits, sample_weight, *losses):
-        loss, accuracy, top5_accuracy, *distillation = self.trackers
-        for metric in (accuracy, top5_accuracy):
-            metric.update_state(labels, logits, sample_weight)
-        for metric, value in zip((loss, *distillation), losses):
-            metric.update_state(value, sample_weight=len(labels))
-        return self.get_metrics_result()
+            total, accuracy, top5_accuracy, *distillation = self.trackers
+            for metric in (accuracy, top5_accuracy):
+                metric.update_state(labels, logits, sample_weight)
+            for metric, value in zip((total, *distillation), (loss, added)):
+                metric.update_state(value, sample_weight=len(labels))
+        return loss
 
     def save(self, *arguments, **options):
         """Saves the student alone: as `keras.Model.save`."""
@@ -761,7 +753,8 @@ def torchvision_detection():
 
 class AveragePrecision(keras.metrics.Metric):
     """COCO's mean average precisions: map over the thresholds 0.5 to 0.95 of the overlap, map_50 at 0.5 and map_75 at
-    0.75; with masks bbox_map, … of the boxes and segm_map, … of the masks. Several processes have common results."""
+    0.75; with masks bbox_map, … of the boxes and segm_map, … of the masks. In several processes, `result` covers the
+    images of all of them."""
 
     def __init__(self, masks, **kwargs):
         super().__init__(**kwargs)
@@ -806,9 +799,9 @@ class Detector(GroupTrained):
     1. Called with images, it returns a dict for each: boxes (n, 4), labels (n,), scores (n,) and masks (n, H, W) from 0
     to 1, in the images' own pixels.
 
-    The other arguments are explained in `DETECTION_HYPERPARAMETERS`. teacher: as there, or None. INRN's stages learn
-    its pyramid (equation 3); it is not a part of the model. Raises ValueError for invalid arguments, and ImportError
-    without torchvision, torchmetrics and pycocotools, which nothing else here needs.
+    The other arguments are explained in `DETECTION_HYPERPARAMETERS`. teacher: as there, or None. The backbone's stages
+    learn its pyramid (equation 3); it is not a part of the model. Raises ValueError for invalid arguments, and
+    ImportError without torchvision, torchmetrics and pycocotools, which nothing else here needs.
 
     Metrics: in training loss, its parts with torchvision's names, and distillation; otherwise `AveragePrecision`.
     """
@@ -820,8 +813,7 @@ class Detector(GroupTrained):
         from torchvision.ops import FeaturePyramidNetwork, feature_pyramid_network, poolers
 
         super().__init__(name=name, dtype=dtype, autocast=False)
-        names = ("num_classes", "size", "masks", "backbone", "pyramid_width", "head_width", "anchor_size", "proposals",
-                 "samples", "seed")
+        names = {*DETECTION, "num_classes", "size", "masks", "seed"} - {"teacher", "feature_weight"}
         self.config = {name: value for name, value in locals().items() if name in names} | options
         self.config["dtype"], self.feature_weight, self.optimizers = self.dtype_policy.name, feature_weight, []
         if backbone == "inrn":
@@ -876,13 +868,13 @@ class Detector(GroupTrained):
         self.built = True
 
     def stages(self, images):
-        """Outputs of the backbone's stages: [(N, H/4, W/4, D1), …, (N, H/32, W/32, D4)]."""
+        """Outputs of the backbone's stages: [(N, H/s, W/s, D1), …, (N, H/8s, W/8s, D4)]; s is 4 for a ResNet."""
         if self.config["backbone"] == "inrn":
             return [ops.cast(x, "float32") for x in self.body.stage_outputs(images).values()]
         return [x.permute(0, 2, 3, 1) for x in self.body(images.permute(0, 3, 1, 2)).values()]
 
     def pyramid(self, stages):
-        """The levels of the feature pyramid: {"0": (N, pyramid_width, H/4, W/4), …, "3": …, "pool": …}."""
+        """The levels of the feature pyramid: {"0": (N, pyramid_width, H/s, W/s), …, "3": …, "pool": …}."""
         return self.rcnn.module.backbone({str(i): x.permute(0, 3, 1, 2) for i, x in enumerate(stages)})
 
     def detect(self, images, targets=None):
@@ -890,7 +882,7 @@ class Detector(GroupTrained):
         rcnn, sizes = self.rcnn.module, [tuple(images.shape[1:3])] * len(images)
         rcnn.train(targets is not None)
         images, targets = rcnn.transform(list(images.permute(0, 3, 1, 2)), targets)
-        scaled = images.tensors.permute(0, 2, 3, 1)                                            # (N, size, size, 3)
+        scaled = images.tensors.permute(0, 2, 3, 1)                       # (N, h, w, 3), multiples of 32
         stages = self.stages(scaled)
         pyramid = self.pyramid(stages)
         regions, losses = rcnn.rpn(images, pyramid, targets)
@@ -908,30 +900,17 @@ class Detector(GroupTrained):
         return [{name: x[:, 0] if name == "masks" else x - 1 if name == "labels" else x for name, x in one.items()}
                 for one in found]
 
-    def compile(self, total_steps, rate=1e-3, weight_decay=0.05):
-        """An optimizer of `adamw`, and another one for the 1×1 convolutions. total_steps: epochs × batches."""
-        self.compile_config = dict(total_steps=total_steps, rate=rate, weight_decay=weight_decay)
-        super().compile(optimizer=None, jit_compile=False)
-        self.optimizers = [adamw(variables, total_steps, rate, weight_decay) for variables in self.variable_groups()]
-
-    def variable_groups(self):
-        """The model's own variables and, with a teacher, those of the 1×1 convolutions: one list per optimizer."""
-        added = [variable for layer in self.alignment for variable in layer.trainable_variables]
-        own = [variable for variable in self.trainable_variables if all(variable is not other for other in added)]
-        return [own, added] if added else [own]
-
-    def train_step(self, data):
+    def score(self, data, training):
         images, targets, _ = keras.utils.unpack_x_y_sample_weight(data)
         chosen = (targets["labels"] >= 0) & (targets["crowd"] == 0)
         seed, step = self.seeds.next().tolist()
         torch.manual_seed(2**32 * seed + step)  # torchvision samples regions by PyTorch's own generator
         losses = self.detect(images, unpad(targets | {"labels": targets["labels"] + 1}, chosen))  # 0: the background
-        loss = sum(losses.values())
-        self.learn(loss)
+        losses = {"loss": sum(losses.values()), **losses}
         with torch.no_grad():
-            for name, value in {"loss": loss, **losses}.items():
+            for name, value in losses.items():
                 self.trackers[name].update_state(value)
-        return self.get_metrics_result()
+        return losses["loss"]
 
     def test_step(self, data):
         images, targets, _ = keras.utils.unpack_x_y_sample_weight(data)
@@ -959,17 +938,14 @@ def teacher_pyramid(teacher):
     try:
         if isinstance(teacher, str) and not teacher.endswith(".keras"):
             model = torchvision_detection().__dict__[teacher](weights="DEFAULT").eval().to(ops.zeros(1).device)
-            mean, deviation = (torch.tensor(getattr(model.transform, name), device=ops.zeros(1).device)
-                               for name in ("image_mean", "image_std"))
-            pyramid = lambda images: model.backbone((((images + 1) / 2 - mean) / deviation).permute(0, 3, 1, 2))
+            pyramid = lambda images: model.backbone(model.transform.normalize((images.permute(0, 3, 1, 2) + 1) / 2))
         else:
             model = keras.saving.load_model(teacher, compile=False) if isinstance(teacher, str) else teacher
             pyramid = lambda images: model.pyramid(model.stages(images))
         pyramid(ops.zeros((1, 64, 64, 3)))
     except Exception as error:  # no network, no such file, no detector: of many types
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-        raise ValueError(f"cannot load the teacher {teacher} ({reason}): use none, a detector with a pyramid of "
-                         "torchvision.models.detection, or the model.keras of a run of this task") from error
+        raise ValueError(f"cannot load the teacher {teacher} ({type(error).__name__}: {str(error)[:160]}): use none, "
+                         "a detector of torchvision.models.detection, or a model.keras of this task") from error
     return torch.no_grad()(lambda images: [x.permute(0, 2, 3, 1) for x in list(pyramid(images).values())[:4]])
 
 
@@ -990,9 +966,8 @@ def build(options, dataset, steps_per_epoch):
         try:
             teacher = resnet101(image_shape) if name == "resnet101" else keras.saving.load_model(name, compile=False)
         except Exception as error:  # no network, images too small, no such file, not a Keras file: of many types
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-            raise ValueError(f"cannot load the teacher {name} ({reason}): use train, resnet56, none, resnet101 or a "
-                             "Keras classifier's .keras file") from error
+            raise ValueError(f"cannot load the teacher {name} ({type(error).__name__}: {str(error)[:160]}): use train, "
+                             "resnet56, none, resnet101 or a Keras classifier's .keras file") from error
     keras.utils.set_random_seed(options.seed)  # the same initial weights with every teacher
     student = INRN(image_shape[-1], num_classes, options.widths, options.blocks, options.stem_stride,
                    options.compression, options.activation, options.hybrid)
@@ -1006,7 +981,7 @@ def build(options, dataset, steps_per_epoch):
 
 def report(models, images, labels, class_names, finer):
     """Figure "stages": images, their predicted classes, and the strength of each stage's output (its root mean square
-    over channels), from black where it is weakest to white where it is strongest. There are no results."""
+    over channels), from black where it is weakest to white where it is strongest. Returns no further results."""
     model, images = models["inrn"], images[:8]
     with torch.no_grad():
         outputs = model.stage_outputs(ops.convert_to_tensor(images))
@@ -1037,7 +1012,7 @@ def build_fits(options, dataset, steps_per_epoch):
 
 
 def report_fits(models, frames, times, class_names, finer):
-    """Figure "fit": frames, the models' frames and their errors. No results."""
+    """Figure "fit": frames, the models' frames and their errors. Returns no further results."""
     rows = []
     for frame, time in zip(frames, times):
         pictures, errors = [(frame, "ground truth")], [(0 * frame - 1, "error\nwhite: 10 %")]
@@ -1053,20 +1028,17 @@ def build_detector(options, dataset, steps_per_epoch, masks):
     """The detector, as a list of one model."""
     if options.compile:
         raise ValueError("inrn has no separate INR to compile: leave out --compile")
-    chosen = {name: getattr(options, name) for name in DETECTION_HYPERPARAMETERS}
-    rate, decay, epochs, _ = (chosen.pop(name) for name in ("rate", "weight_decay", "epochs", "batch_size"))
-    if chosen["backbone"] != "inrn":
-        for name in ("widths", "blocks", "stem_stride", "compression", "activation", "hybrid"):
-            del chosen[name]
-    chosen["teacher"] = None if options.teacher == "none" else options.teacher
-    model = Detector(len(dataset.class_names), dataset.image_shape[0], masks, seed=options.seed, **chosen)
-    model.compile(epochs * steps_per_epoch, rate, decay)
-    return [("", model, epochs)]
+    names = DETECTION.keys() - {"rate", "weight_decay", "batch_size", "epochs", "teacher"}
+    model = Detector(len(dataset.class_names), dataset.image_shape[0], masks, seed=options.seed,
+                     teacher=None if options.teacher == "none" else options.teacher,
+                     **{name: getattr(options, name) for name in names})
+    model.compile(options.epochs * steps_per_epoch, options.rate, options.weight_decay)
+    return [("", model, options.epochs)]
 
 
 def report_detections(models, images, labels, class_names, finer):
-    """Figure "detections": images with the objects that were found with a score of at least 0.5, and the true ones. No
-    results."""
+    """Figure "detections": images with the objects that were found with a score of at least 0.5, and the true ones.
+    Returns no further results."""
     from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
     def draw(image, objects):
@@ -1074,8 +1046,7 @@ def report_detections(models, images, labels, class_names, finer):
         size = [round(factor * side) for side in image.shape[:2]]
         picture = torch.tensor(image).permute(2, 0, 1)[None]
         picture = (127.5 * torch.nn.functional.interpolate(picture, size)[0] + 127.5).round().to(torch.uint8)
-        colors = [tuple(int(255 * x) for x in colorsys.hsv_to_rgb(0.618 * label % 1, 1, 1))
-                  for label in objects["labels"]]
+        colors = [f"hsv({222 * label % 360}, 100%, 100%)" for label in objects["labels"]]
         if "masks" in objects and colors:
             masks = torch.tensor(objects["masks"] > 0.5)[None]
             for mask, color in zip(torch.nn.functional.interpolate(masks.float(), size)[0].bool(), colors):
@@ -1085,13 +1056,12 @@ def report_detections(models, images, labels, class_names, finer):
             picture = draw_bounding_boxes(picture, torch.tensor(objects["boxes"] * factor), names, colors, width=2)
         return picture.permute(1, 2, 0).numpy() / 127.5 - 1
 
-    model, rows = models["inrn"], [[]]
+    model, rows = models["inrn"], [[]] if labels is None else [[], []]
     for index, image in enumerate(images[:4]):
         found = keras.tree.map_structure(ops.convert_to_numpy, model(image[None])[0])
         found = {name: values[found["scores"] >= 0.5] for name, values in found.items()}
         rows[0].append((draw(image, found), f"{len(found['labels'])} found"))
         if labels is not None:
-            rows += [[]] if index == 0 else []
             there = {name: values[index][labels["labels"][index] >= 0] for name, values in labels.items()}
             rows[1].append((draw(image, there), "ground truth"))
     return {}, {"detections": rows}

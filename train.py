@@ -1,4 +1,4 @@
-"""Train, evaluate and compare the methods: `python train.py --method mwt --dataset mnist`; `--help` lists all options.
+"""Train, evaluate and compare the methods: `python train.py --method mwt --dataset mnist`; `--help` lists the options.
 
 A run is a folder with config.json, history.csv, model.keras, results.json and figures. `--resume FOLDER` continues an
 interrupted run, which ends with the same weights as an uninterrupted one. `--evaluate FOLDER` and `--predict FOLDER
@@ -12,7 +12,8 @@ A method is a file beside this one that defines `TASKS`, a dict from a task ("cl
     build            (options, dataset, steps_per_epoch) -> [(subfolder, compiled model, epochs)], trained in this
                      order; the subfolder of the main model is "". Raises ValueError for invalid options
     report           (models, images, labels, class_names, finer) -> further results {name: {name: number}}, and
-                     figures {name: rows of (picture, title)}
+                     figures {name: rows of (picture, title)}; in --predict, labels is None, there is one image, and
+                     models has the main model only
     ablations        {name: [{hyperparameter: value}, …]}, one dict per variant
     points           optional, for surfaces: options -> the argument `points` of `data.load_surfaces`
     describe         optional: (model, input, class_names) -> what --predict prints; otherwise the likeliest classes
@@ -52,7 +53,7 @@ try:
     import fcntl
     import resource
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = resource = None
 
 if "tensorflow" not in sys.modules:  # Keras looks for it once and would import it, which takes seconds, to save models
     sys.modules["tensorflow"] = None
@@ -99,8 +100,10 @@ def parse(arguments):
     parser.error = refuse  # one line, without the usage
     use = parser.add_argument_group("instead of a new run").add_mutually_exclusive_group()
     use.add_argument("--resume", type=pathlib.Path, metavar="RUN_FOLDER", help="continue an interrupted run")
-    use.add_argument("--evaluate", type=pathlib.Path, metavar="RUN_FOLDER", help="evaluate it, or on another --dataset")
-    use.add_argument("--predict", type=pathlib.Path, nargs="*", metavar=("RUN_FOLDER", "FILE"), help="predict files")
+    use.add_argument("--evaluate", type=pathlib.Path, metavar="RUN_FOLDER",
+                     help="evaluate a run, also on another --dataset")
+    use.add_argument("--predict", type=pathlib.Path, nargs="*", metavar=("RUN_FOLDER", "FILE"),
+                     help="classify image files, or find the objects in them (for surfaces: .off files)")
     use.add_argument("--benchmark", action="store_true", help="time a training step")
     known = parser.parse_known_args(arguments)[0]
     if known.predict is not None and len(known.predict) < 2:
@@ -130,7 +133,7 @@ def parse(arguments):
     add("--augment", nargs="?", const=True, default=False, choices=["crop"],
         help="shift images at random, and mirror them unless they show characters; rotate and scale images of 128×128 "
              "and more; with crop: random resized crops instead; with objects: scale, crop and mirror")
-    add("--memory", type=number(float, 0), default=1.0, help="GB of images that each split keeps in memory (default: 1)")
+    add("--memory", type=number(float, 0), default=1.0, help="GB of images that each split keeps (default: 1)")
     add("--data-dir", type=os.path.abspath,
         help="folder of ModelNet, COCO or TFDS (for TFDS: $TFDS_DATA_DIR or ~/tensorflow_datasets)")
     add("--run-dir", type=pathlib.Path, help="output folder (default: runs/<method>-<task>-<dataset>-<preset>-<seed>)")
@@ -203,7 +206,8 @@ def first_process_first():
 
 
 def load_dataset(options, task):
-    data.Split.room, points = options.memory * 2**30, vars(task).get("points", lambda options: None)
+    """The `data.Dataset` that the options name. Raises data.DataError."""
+    data.Split.room, points = options.memory * 2**30, getattr(task, "points", lambda options: None)
     with first_process_first():
         return data.LOADERS[options.task](options.dataset, options.data_dir, options.image_size, options.seed,
                                           points(options), options.squash)
@@ -283,12 +287,9 @@ def evaluate_model(model, batches):
 # ---- A run: training that can be interrupted at any moment ----
 
 
-class Interrupted(BaseException):
-    """SIGINT or SIGTERM was received; the argument is the number of the signal."""
-
-
 def interrupt(number, frame):
-    raise Interrupted(number)
+    """Handles SIGINT and SIGTERM; the argument of the exception is the number of the signal."""
+    raise KeyboardInterrupt(number)
 
 
 @contextlib.contextmanager
@@ -307,13 +308,13 @@ def locked(folder):
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY) if fcntl and RANK == 0 else None
     try:
-        if descriptor:
+        if descriptor is not None:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
         refuse(f"{folder} is in use by another process: wait until it ends, or use another --run-dir")
     finally:
-        if descriptor:
+        if descriptor is not None:
             os.close(descriptor)
         with contextlib.suppress(OSError):
             folder.rmdir()
@@ -397,13 +398,13 @@ class Run:
     def on_signal(self, number, frame):
         """The first signal lets the current step finish; the second one ends the program at once."""
         if self.signal:
-            raise Interrupted(number)
+            raise KeyboardInterrupt(number)
         self.signal = number
 
     def train(self):
         """Trains the remaining epochs, from any step. (`keras.Model.fit` can only start at the beginning of an epoch.)
 
-        Raises Interrupted after saving the state, or OSError if saving fails.
+        Raises KeyboardInterrupt after saving the state, or OSError if saving fails.
         """
         self.folder.mkdir(exist_ok=True)
         self.start = time.perf_counter() - self.seconds
@@ -427,8 +428,9 @@ class Run:
             torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
             failed, stop = flags.tolist()
         if failed:
+            before = f". {self.folder} has the model after {self.epoch} epochs" if self.epoch else ""
             refuse(f"stopped in step {self.step} of epoch {self.epoch + 1}: the loss or a weight became NaN or "
-                   f"infinite; use lower learning rates. {self.folder} has the model after {self.epoch} epochs")
+                   f"infinite; use lower learning rates{before}")
         if last:
             self.end_epoch()
         else:
@@ -436,7 +438,7 @@ class Run:
         if save or stop:
             self.save()
         if stop:
-            raise Interrupted(stop)
+            raise KeyboardInterrupt(stop)
 
     def end_epoch(self):
         """Validates, and writes history.csv and model.keras. These precede the checkpoint: if the process is killed in
@@ -466,6 +468,7 @@ class Run:
 
 
 def build(options, task, dataset, steps_per_epoch):
+    """The task's models, after setting the seed and the precision. Exits if the options are invalid."""
     keras.utils.set_random_seed(options.seed)
     keras.config.set_dtype_policy(options.precision)
     try:
@@ -557,6 +560,7 @@ def ablate(options, task):
 
 
 def load_model(folder):
+    """The model of a run. Exits if it cannot be loaded."""
     try:
         return keras.saving.load_model(folder / "model.keras")
     except ImportError as error:  # of an optional package
@@ -584,10 +588,9 @@ def report(options, task, dataset, folder, target):
         metrics = evaluate_model(model, evaluation_batches(dataset, dataset.test))
         values = {f"test_{metric}": value for metric, value in metrics.items()} | {"parameters": model.count_params()}
         results |= values if name == options.method else {name: values}
-        formats = {"accuracy": "test accuracy {:.2%}", "top5_accuracy": "top-5 {:.2%}",
-                   "psnr": "PSNR {:.2f} dB", "ssim": "SSIM {:.4f}", "mae": "mean absolute error {:.4f}",
-                   "map_50": "mAP@0.5 {:.1%}", "bbox_map_50": "mAP@0.5 of boxes {:.1%}",
-                   "segm_map_50": "mAP@0.5 of masks {:.1%}"}
+        formats = {"accuracy": "test accuracy {:.2%}", "top5_accuracy": "top-5 {:.2%}", "psnr": "PSNR {:.2f} dB",
+                   "ssim": "SSIM {:.4f}", "mae": "mean absolute error {:.4f}", "map_50": "mAP@0.5 {:.1%}",
+                   "bbox_map_50": "mAP@0.5 of boxes {:.1%}", "segm_map_50": "mAP@0.5 of masks {:.1%}"}
         shown = [text.format(metrics[metric]) for metric, text in formats.items() if metric in metrics]
         print(f"{name}: {', '.join(shown)} on {len(dataset.test):,} examples; {model.count_params():,} parameters")
     if RANK:
@@ -611,8 +614,11 @@ def evaluate(options, task):
     if numbers[0] != numbers[1]:
         refuse(f"{options.dataset} has {numbers[0]}, the model of {folder} has {numbers[1]}: use a matching --dataset")
     target = folder / f"evaluation-{file_name(options.dataset)}"
-    target.mkdir(exist_ok=True)
-    write_json(target / "results.json", report(options, task, dataset, folder, target))
+    with locked(target):
+        try:
+            write_json(target / "results.json", report(options, task, dataset, folder, target))
+        except ValueError as error:  # for images of another size than a teacher's
+            refuse(f"cannot evaluate {folder} on this dataset: {str(error)[:300]}")
     print(target)
 
 
@@ -636,7 +642,7 @@ def predict(options, task):
             print(f"train.py: {error}", file=sys.stderr)
             status = 1
             continue
-        print(f"{path}: {vars(task).get('describe', likeliest_classes)(model, image, options.class_names)}")
+        print(f"{path}: {getattr(task, 'describe', likeliest_classes)(model, image, options.class_names)}")
         for name, rows in task.report({options.method: model}, image, None, options.class_names, finer)[1].items():
             draw_grid(rows, target / f"{index}-{path.stem[:100]}-{name}.png")
     return status
@@ -671,8 +677,7 @@ def draw_grid(rows, path):
     figure = Figure(figsize=(side * len(rows[0]), (side + 0.3) * len(rows)), layout="constrained")
     for row, axes_row in zip(rows, figure.subplots(len(rows), len(rows[0]), squeeze=False)):
         for (picture, title), axes in zip(row, axes_row):
-            picture = picture[..., 0] if picture.ndim > 2 and picture.shape[-1] == 1 else picture
-            picture = view_surface(picture) if picture.ndim == 3 and picture.shape[-1] > 4 else picture
+            picture = view_surface(picture[..., 0]) if picture.ndim == 4 else picture
             axes.imshow(np.clip(picture / 2 + 0.5, 0, 1), cmap="gray", vmin=0, vmax=1)
             axes.set_title(title, fontsize=9)
             axes.axis("off")
@@ -711,12 +716,13 @@ def benchmark(options, task):
     dataset, count = load_dataset(options, task), options.batch_size
     batches, numbers = training_batches(options, dataset)[0], itertools.count(1)
     batch = to_tensors(batches[0])
-    model = dict((name, model) for name, model, _ in build(options, task, dataset, 1000))[""]
+    model = {name: model for name, model, _ in build(options, task, dataset, 1000)}[""]
     device = model.trainable_variables[0].value.device
     print(f"{options.preset}: batch {(count, *dataset.image_shape)}, {device_name()}", flush=True)
     step_seconds = seconds(lambda: model.train_step(batch))
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    memory = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else resident
+    resident = resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    memory = (round(torch.cuda.max_memory_allocated() / 2**20) if device.type == "cuda" else
+              resident and resident // (2**20 if sys.platform == "darwin" else 2**10))
     # The profiler slows a step down, so its times are used as shares of the time measured without it.
     named, shares = torch.profiler.record_function, dict.fromkeys(("step", "backward", "optimizer"), 0.0)
     for optimizer in model.optimizers:
@@ -731,7 +737,7 @@ def benchmark(options, task):
     backward, optimizer = (1e3 * step_seconds * shares[name] / shares["step"] for name in ("backward", "optimizer"))
     # FLOPs are counted without compilation and with unfused attention, which the counter supports on every device.
     options = argparse.Namespace(**{**vars(options), "compile": False})
-    model = dict((name, model) for name, model, _ in build(options, task, dataset, 1000))[""]
+    model = {name: model for name, model, _ in build(options, task, dataset, 1000)}[""]
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.train_step(batch)
     side, gflop = 8192 if device.type == "cuda" else 2048, counter.get_total_flops() / 1e9
@@ -742,7 +748,7 @@ def benchmark(options, task):
                       "backward_ms": round(backward, 2), "optimizer_ms": round(optimizer, 2),
                       "data_ms": round(1e3 * seconds(lambda: batches[next(numbers) % len(batches)]), 2),
                       "images_per_second": round(count / step_seconds, 1),
-                      "peak_memory_mb": round(memory), "gflop_per_step": round(gflop, 2), "matmul_gflops": round(rate),
+                      "peak_memory_mb": memory, "gflop_per_step": round(gflop, 2), "matmul_gflops": round(rate),
                       "share_of_matmul_rate": round(gflop / step_seconds / rate, 3)}))
 
 
@@ -778,7 +784,7 @@ def main(arguments=None):
         refuse(error)
     except OSError as error:
         status, message = 1, f"cannot write {options.run_dir} ({error.strerror or error}): check space and permissions"
-    except Interrupted as interruption:
+    except KeyboardInterrupt as interruption:
         status, message = 128 + interruption.args[0], "interrupted"
         if RANK:
             return status  # the first process says it
