@@ -6,7 +6,7 @@ to colours, or from the images of a dataset to classes. All use the same block, 
 or a video (equation 1). Four stages classify images, or find the objects in them; they learn from labels and from the
 layers of a teacher (equations 2 to 4).
 
-    single stage   learned maps (1, h, w, D), or for a video time t (N,) -> dense -> (N, h, w, D)
+    single stage   learned maps (1, h, w, D), or for a video those of its times t (N,): (N, h, w, D)
                    -> INRe blocks, of which the first double the resolution -> dense -> pixels (N, H, W, 3)
     four stages    images (N, H, W, C) -> stem -> stage1 ... stage4, each half the resolution -> mean -> logits
     distillation   stage outputs -> 1×1 convolutions -> compared with the teacher's outputs
@@ -152,7 +152,7 @@ FIT_HYPERPARAMETERS = {
     "epochs": (20, "number of epochs; an epoch shows each frame equally often, at least 200 frames in all"),
 }
 FIT_QUICK = {name: value for name, (value, _) in FIT_HYPERPARAMETERS.items()}
-FIT_PRESETS = {"quick": FIT_QUICK, "video": FIT_QUICK | dict(parameters=200_000, rate=6e-3, batch_size=1)}
+FIT_PRESETS = {"quick": FIT_QUICK, "video": FIT_QUICK | dict(parameters=200_000, rate=8e-3, batch_size=2)}
 
 
 @keras.saving.register_keras_serializable("inrn")
@@ -308,9 +308,8 @@ class INReBlock(keras.layers.Layer):
 
 
 class LearnedMaps(keras.layers.Layer):
-    """Maps of features (1, h/s, w/s, s channels) for each s in `scales`, sides rounded up, which are learned and
-    interpolated to (h, w): the embedding of a picture, returned for times (N,), or channels that all frames of a video
-    share, appended to its features (N, h, w, D). Coarse maps hold what neighbours have in common in few parameters."""
+    """The embedding of a picture: maps of features (1, h/s, w/s, s channels) for each s in `scales`, sides rounded up,
+    which are learned and interpolated to (h, w). Coarse maps hold what neighbours have in common in few parameters."""
 
     def __init__(self, height, width, channels, scales, **kwargs):
         super().__init__(**kwargs)
@@ -318,12 +317,26 @@ class LearnedMaps(keras.layers.Layer):
                                      initializer=keras.initializers.RandomNormal(stddev=0.1)) for scale in scales]
         self.built = True
 
-    def call(self, x):
+    def call(self, times):
         size = self.maps[0].shape[1:3]
-        maps = [ops.image.resize(y, size, data_format="channels_last") for y in self.maps]
-        if len(x.shape) == 4:
-            maps = [x, *(ops.broadcast_to(y, (len(x), *y.shape[1:])) for y in maps)]
-        return ops.concatenate(maps, axis=-1)
+        return ops.concatenate([ops.image.resize(x, size, data_format="channels_last") for x in self.maps], axis=-1)
+
+
+class TimeMaps(keras.layers.Layer):
+    """The embedding of a video: maps of features at `count` equally spaced times, (count, h, w, channels), which are
+    learned and interpolated linearly: times (N,) -> (N, h, w, channels), appended to features (N, h, w, D) if given."""
+
+    def __init__(self, count, height, width, channels, **kwargs):
+        super().__init__(**kwargs)
+        self.maps = self.add_weight(shape=(count, height, width, channels),
+                                    initializer=keras.initializers.RandomNormal(stddev=0.1))
+        self.built = True
+
+    def call(self, times, features=None):
+        steps = self.maps.shape[0] - 1
+        distances = ops.abs((times[:, None] + 1) / 2 * steps - ops.arange(steps + 1, dtype="float32"))  # in steps
+        maps = ops.tensordot(ops.relu(1 - distances) if steps else ops.ones_like(distances), self.maps, 1)
+        return maps if features is None else ops.concatenate([features, maps], axis=-1)
 
 
 def sines_and_cosines(angles):
@@ -331,25 +344,29 @@ def sines_and_cosines(angles):
     return ops.concatenate([ops.sin(angles), ops.cos(angles)], axis=-1)
 
 
-def single_stage(size, time, parameters, width, blocks, compression, activation, hybrid, nerv=False):
-    """Layers of INRN: times (N,) -> colours (1, H/p, W/p, 3p²) of a picture or, with `time`, (N, H, W, 3) of a video. H
+def single_stage(size, frames, parameters, width, blocks, compression, activation, hybrid, nerv=False):
+    """Layers of INRN: times (N,) -> colours (1, H/p, W/p, 3p²) of a picture, or (N, H, W, 3) of a video of `frames`. H
     and W are the size, rounded up to whole cells: a position of the first features stands for a cell of pixels.
 
-    Blocks double the resolution, each with 0.8 (pictures) or 0.6 times the width of the last. The features of a picture
-    are learned maps, with about half of the parameters; further blocks keep the resolution, and a last layer draws p²
-    pixels for each position (p ≤ 4). Those of a video are computed by two dense layers from sines and cosines of its
-    time; each block gets four more channels, learned maps, if these have at most a fifth of the parameters. nerv: the
-    blocks are NeRV's (Chen et al., NeurIPS 2021): 3×3 convolution, GELU and `depth_to_space`, without maps, and a last
-    convolution."""
+    Blocks double the resolution, each with 0.8 times the width of the last. The features of a picture are learned maps,
+    with about half of the parameters; further blocks keep the resolution, and a last layer draws p² pixels for each
+    position (p ≤ 4). Those of a video are `TimeMaps` of 16 channels; each further block gets up to 4 more. Each of them
+    has a tenth of the parameters, and at high resolutions, where this does not suffice for several times, holds what
+    all frames share. nerv: as NeRV (Chen et al., NeurIPS 2021), two dense layers compute the features from sines and
+    cosines of the time; the blocks are 3×3 convolution, GELU and `depth_to_space`, and a convolution is the last layer.
+    """
     linear, conv = functools.partial(dense, dtype="float32"), functools.partial(convolution, dtype="float32")
-    positions = parameters / (2560 if time else 7)  # of the 16 × 32 weights or 7/4 × 2 channels for each
+    time = frames > 1
+    positions = parameters / (2560 if time else 7)  # a tenth for 16 channels at 16 times, or 7/4 × 2 channels, for each
     cell = 2 ** max(int(time), round(math.log2(math.prod(size) / positions) / 2))
     grid, patch = [-(-side // cell) for side in size], 1 if time else min(cell, 4)
-    if time:
+    if nerv:
         inputs, shape = 16, (*grid, 16)
         layers = [lambda times: sines_and_cosines(times[:, None] * (math.pi * 1.25 ** ops.arange(16, dtype="float32"))),
                   linear(32, 32, activation="gelu"), linear(32, math.prod(shape)),
                   lambda x: ops.reshape(x, (-1, *shape))]
+    elif time:
+        inputs, layers = 0, []
     else:
         inputs, channels = width, max(1, round(parameters / 3.5 / math.prod(grid)))
         layers = [LearnedMaps(*grid, channels, (1, 2, 4), dtype="float32"), linear(7 * channels, width)]
@@ -359,12 +376,14 @@ def single_stage(size, time, parameters, width, blocks, compression, activation,
         if nerv:
             layers += [conv(inputs, 4 * width, activation="gelu"), lambda x: pixels(x, 2)]
         else:
-            if time and 4 * height * breadth <= parameters / 5:
-                layers.append(LearnedMaps(height, breadth, 4, (1,), dtype="float32"))
-                inputs += 4
+            values = int(parameters / 10 / (height * breadth)) if time else 0  # for each position
+            if values:
+                channels = min(values, 4 if number else 16)
+                layers.append(TimeMaps(min(frames, values // channels), height, breadth, channels, dtype="float32"))
+                inputs += channels
             outputs = 3 if time and number == doublings - 1 else width
             layers.append(INReBlock(inputs, outputs, compression, 1, activation, hybrid, 1 + double, dtype="float32"))
-        inputs, width = width, max(math.ceil(compression), round((0.6 if time else 0.8) * width)) if double else width
+        inputs, width = width, max(math.ceil(compression), round(0.8 * width)) if double else width
     return layers if time and not nerv else [*layers, (conv if nerv else linear)(inputs, 3 * patch**2)]
 
 
@@ -419,30 +438,30 @@ def fitting_loss(pictures, targets, alpha):
 class PictureFit(GroupTrained):
     """A network that represents a picture or a video. `fit` takes frames (N, H, W, 3) in [-1, 1] and their times (N,).
 
-    network: "inrn", or, to compare it with, "siren" or "relu" for a picture and "nerv" for a video. size: (H, W). time:
-    whether the frames depend on their time. Without it all frames are copies of one picture, and a step computes only
-    the first of its batch. width: of the layers; 0: the largest with which there are at most `parameters`. The other
+    network: "inrn", or, to compare it with, "siren" or "relu" for a picture and "nerv" for a video. size: (H, W).
+    frames: their number in a video; with 1 all frames are copies of one picture, and a step computes only the first of
+    its batch. width: of the layers; 0: the largest with which there are at most `parameters`. The other
     arguments are explained in `FIT_HYPERPARAMETERS`. Everything is computed in `float32`. Raises ValueError for invalid
     arguments.
 
     Metrics: loss (equation 1); psnr, the mean over frames of 10 log10(4 / mse), in dB; ssim, the mean over frames.
     """
 
-    def __init__(self, network="inrn", size=(256, 256), time=False, parameters=40_000, width=0, blocks=3,
+    def __init__(self, network="inrn", size=(256, 256), frames=1, parameters=40_000, width=0, blocks=3,
                  compression=2.0, activation="gelu", hybrid="interleaved", alpha=0.7, **kwargs):
         super().__init__(dtype="float32", **kwargs)
-        names = {"network", "size", "time", *FIT_HYPERPARAMETERS}
+        names = {"network", "size", "frames", *FIT_HYPERPARAMETERS}
         self.config = {name: value for name, value in locals().items() if name in names}
-        if network not in (("inrn", "nerv") if time else ("inrn", "siren", "relu")):
+        if network not in (("inrn", "nerv") if frames > 1 else ("inrn", "siren", "relu")):
             raise ValueError(f"network must be inrn, siren or relu, or for a video inrn or nerv; it is {network}")
-        if min(*size, parameters, blocks) < 1 or not 0 <= alpha <= 1:
-            raise ValueError("size, parameters and blocks must be at least 1, and alpha between 0 and 1")
-        self.size, self.time, self.alpha = size, time, alpha
+        if min(*size, frames, parameters, blocks) < 1 or not 0 <= alpha <= 1:
+            raise ValueError("size, frames, parameters and blocks must be at least 1, and alpha between 0 and 1")
+        self.size, self.frames, self.alpha = size, frames, alpha
 
         def layers(width):
             if network in ("siren", "relu"):
                 return coordinate_network(size, width, network == "siren")
-            return single_stage(size, time, parameters, width, blocks, compression, activation, hybrid,
+            return single_stage(size, frames, parameters, width, blocks, compression, activation, hybrid,
                                 network == "nerv")
 
         def count(width):
@@ -461,9 +480,10 @@ class PictureFit(GroupTrained):
 
     def call(self, times):
         """Frames (N, H, W, 3) at times (N,)."""
-        x = times
-        for layer in self.network:
-            x = layer(x)
+        first, *layers = self.network
+        x = first(times)
+        for layer in layers:
+            x = layer(times, x) if isinstance(layer, TimeMaps) else layer(x)
         x = pixels(x, math.isqrt(x.shape[-1] // 3))[:, :self.size[0], :self.size[1]]
         return ops.broadcast_to(x, (len(times), *x.shape[1:]))
 
@@ -488,7 +508,7 @@ class PictureFit(GroupTrained):
     def score(self, data, training):
         """The loss of a batch, a scalar. Updates the metrics. Pictures are clipped to [-1, 1] except in training."""
         frames, times, _ = keras.utils.unpack_x_y_sample_weight(data)
-        frames, times = (frames, times) if self.time else (frames[:1], times[:1])  # copies of one picture
+        frames, times = (frames, times) if self.frames > 1 else (frames[:1], times[:1])  # copies of one picture
         pictures = self(times)
         if pictures.shape != frames.shape:
             raise ValueError(f"frames must be (N, {self.size[0]}, {self.size[1]}, 3); got {tuple(frames.shape)}")
@@ -999,10 +1019,10 @@ def build_fits(options, dataset, steps_per_epoch):
     """The models of a fit: INRN and, with options.compare, the networks to compare it with."""
     if options.compile or keras.config.dtype_policy().name != "float32":
         raise ValueError("fits use float32 and have no separate INR to compile: leave out --precision and --compile")
-    time, models, budget, width = len(dataset.test) > 1, [], options.parameters, options.width
-    for network in ("inrn", *(["nerv"] if time else ["siren", "relu"])) if options.compare else ("inrn",):
+    frames, models, budget, width = len(dataset.test), [], options.parameters, options.width
+    for network in ("inrn", *(["nerv"] if frames > 1 else ["siren", "relu"])) if options.compare else ("inrn",):
         keras.utils.set_random_seed(options.seed)  # the same initial weights beside other networks
-        model = PictureFit(network, dataset.image_shape[:2], time, budget, width, options.blocks, options.compression,
+        model = PictureFit(network, dataset.image_shape[:2], frames, budget, width, options.blocks, options.compression,
                            options.activation, options.hybrid, options.alpha)
         budget, width = (budget if models else model.count_params()), 0
         rates = dict(inrn=options.rate, siren=options.siren_rate, relu=options.relu_rate, nerv=options.nerv_rate)

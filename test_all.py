@@ -623,7 +623,7 @@ def plain_ssim(a, b):
 
 
 def plain_features(model, x):
-    """Features of a picture or a video from times: (1 or N, h, w, channels), and the layers after them."""
+    """Features of a picture, or NeRV's of a video, from times: (1 or N, h, w, channels), and the layers after them."""
     maps, *layers = model.network
     if isinstance(maps, inrn.LearnedMaps):
         size = maps.maps[0].shape[1:3]
@@ -635,35 +635,44 @@ def plain_features(model, x):
     return x.reshape(len(x), 2, 3, 16), layers
 
 
-@pytest.mark.parametrize("time, parameters, scales", [(False, 1000, [2, 1, 1]), (True, 12_000, [2] * 5)])
-def test_inrn_draws_like_plain_pytorch(time, parameters, scales):
-    """Pictures from maps at three resolutions, frames from their time, both with blocks that double the resolution."""
-    model, times = stirred(inrn.PictureFit("inrn", (60, 90), time, parameters), 0.02), torch.tensor([-0.5, 0.5, 1.0])
-    x, layers = plain_features(model, times)
+def interpolated(layer, times):
+    """The maps of a `TimeMaps`, (count, h, w, channels), at times (N,): (N, h, w, channels)."""
+    maps, count = layer.maps.numpy(), layer.maps.shape[0]
+    curves = [np.interp(times, np.linspace(-1, 1, count), curve) for curve in maps.reshape(count, -1).T]
+    return torch.tensor(np.stack(curves, axis=-1).reshape(len(times), *maps.shape[1:]), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("frames, parameters, scales", [(1, 1000, [2, 1, 1]), (9, 12_000, [2] * 5)])
+def test_inrn_draws_like_plain_pytorch(frames, parameters, scales):
+    """Pictures from maps at three resolutions, frames from those of their time; blocks double the resolution."""
+    model, times = stirred(inrn.PictureFit("inrn", (60, 90), frames, parameters), 0.02), torch.tensor([-0.5, 0.5, 1.0])
+    time, layers = frames > 1, model.network
+    x, layers = (torch.zeros(3, 2, 3, 0), layers) if time else plain_features(model, times)
     layers, last = (layers, None) if time else (layers[:-1], layers[-1])
     blocks = [layer for layer in layers if isinstance(layer, inrn.INReBlock)]
     assert [block.config["upscale"] for block in blocks] == scales
     widths = [block.config["width"] for block in blocks]
-    factor = 0.6 if time else 0.8
-    after = [max(2, round(factor * width)) if scale > 1 else width for width, scale in zip(widths, scales)]
+    after = [max(2, round(0.8 * width)) if scale > 1 else width for width, scale in zip(widths, scales)]
     assert widths[1:] == [*after[:-2], 3 if time else after[-2]]  # the last block of a video draws its colours
-    assert len(layers) == len(blocks) + (4 if time else 0)  # a video: maps before blocks, of at most 2400 parameters
+    maps = [tuple(layer.maps.shape) for layer in layers if layer not in blocks]  # each of at most 1200 parameters
+    assert maps == ([(9, 2, 3, 16), (9, 4, 6, 4), (3, 8, 12, 4), (1, 16, 24, 3)] if time else [])
     for layer in layers:
         if layer in blocks:
             x = plain_block(layer, x, functional.gelu)
-        else:  # all frames share a map of the same resolution
-            x = torch.cat([x, layer.maps[0].value.expand(len(x), -1, -1, -1)], -1)
+        else:
+            x = torch.cat([x, interpolated(layer, times)], -1)
     expected = (x if time else shuffled(plain_dense(last, x), 4))[:, :60, :90].expand(3, -1, -1, -1)
     torch.testing.assert_close(model(times), expected, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(model.render(times, 60, 90), expected.detach().clip(-1, 1).numpy(), atol=1e-4)
     larger = functional.interpolate(expected.permute(0, 3, 1, 2), size=(120, 150), mode="bicubic", antialias=True)
-    np.testing.assert_allclose(model.render(times, 120, 150), larger.permute(0, 2, 3, 1).detach().clip(-1, 1), atol=1e-4)
+    larger = larger.permute(0, 2, 3, 1).detach().clip(-1, 1)
+    np.testing.assert_allclose(model.render(times, 120, 150), larger, atol=1e-4)
 
 
 @pytest.mark.parametrize("network", ["siren", "relu", "nerv"])
 def test_the_networks_compared_with_inrn_equal_plain_pytorch(network):
     video, times, size = network == "nerv", torch.tensor([-0.5, 0.5, 1.0]), (60, 90)
-    model = stirred(inrn.PictureFit(network, size, video, 8000), 0.02)
+    model = stirred(inrn.PictureFit(network, size, 9 if video else 1, 8000), 0.02)
     axes = [(torch.arange(side) + 0.5) / side * 2 - 1 for side in size]  # centres of pixels
     x = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)[None]
     _, *layers, last = model.network
@@ -684,11 +693,11 @@ def test_the_networks_compared_with_inrn_equal_plain_pytorch(network):
 
 
 def test_networks_have_the_largest_width_that_their_parameters_allow():
-    cases = (("inrn", False, 1, 1), ("siren", False, 1, 1), ("relu", False, 2, 1), ("nerv", True, 4, 4))
-    for network, time, layer, factor in cases:
-        model = inrn.PictureFit(network, (90, 160), time, 20_000)
+    cases = (("inrn", 1, 1, 1), ("siren", 1, 1, 1), ("relu", 1, 2, 1), ("nerv", 9, 4, 4))
+    for network, frames, layer, factor in cases:
+        model = inrn.PictureFit(network, (90, 160), frames, 20_000)
         width = model.network[layer].kernel.shape[-1] // factor
-        same, larger = (inrn.PictureFit(network, (90, 160), time, 20_000, width + i) for i in (0, 1))
+        same, larger = (inrn.PictureFit(network, (90, 160), frames, 20_000, width + i) for i in (0, 1))
         assert 17_000 < model.count_params() == same.count_params() <= 20_000 < larger.count_params()
     assert 12 < inrn.PictureFit("relu").network[1].kernel.value.std() < 18
     _, first, second, *_ = inrn.PictureFit("siren").network
@@ -873,7 +882,8 @@ def test_wrong_arguments_and_inputs():
     cases["at least 1"] = [
         lambda: mwt.MWT(inner_steps=0), lambda: mwt.MWT(depth=0), lambda: inrn.INRN(num_classes=0),
         lambda: inrn.PictureFit(blocks=0)]
-    cases["too few"], cases["for a video"] = [lambda: inrn.PictureFit(parameters=300)], [lambda: inrn.PictureFit("nerv")]
+    cases["too few"] = [lambda: inrn.PictureFit(parameters=300)]
+    cases["for a video"] = [lambda: inrn.PictureFit("nerv")]
     cases[r"\(N, H, W, 3\)"] = [lambda: siren(grey), lambda: siren.fit(grey, labels, verbose=0), lambda: network(grey),
                                 lambda: hyper(grey), lambda: hyper.inpaint(grey, hole)]
     cases[r"boolean, of shape \(8, 8\) or \(5, 8, 8\)"] = [
