@@ -252,8 +252,8 @@ class INReBlock(keras.layers.Layer):
     last layer starts at zero, so a new block equals its shortcut. Normalization and shortcut are ours.
 
     upscale: s; above 1 the block returns (N, s H, s W, width); stride must be 1, the last layer does not start at zero,
-    and its layers are as wide as its inputs. The last, or a convolution between the others, and a dense shortcut
-    compute s² pixels for each position.
+    and its layers are as wide as its inputs. The last, or a convolution between the others, computes s² pixels for each
+    position. The shortcut is a dense layer, then bilinear interpolation.
     compression: c; the MLP's hidden width is width / c. At 1 the block is flat; below 1 it expands first.
     activation: "gelu" (exact, not approximated) or "relu".
     hybrid (Table 1): "interleaved": the convolution has the narrower width, between the layers or, for c < 1, before
@@ -289,7 +289,7 @@ class INReBlock(keras.layers.Layer):
         else:
             self.steps = [conv(inputs, middle), linear(middle, hidden), linear(hidden, out, start)]
         same_shape = inputs == width and upscale == 1 and (stride == 1 or hybrid == "mlp")  # after pooling
-        self.shortcut = None if same_shape else (linear if hybrid == "mlp" or upscale > 1 else conv)(inputs, out)
+        self.shortcut = None if same_shape else (linear if hybrid == "mlp" or upscale > 1 else conv)(inputs, width)
         self.built = True
 
     def call(self, x):
@@ -301,7 +301,8 @@ class INReBlock(keras.layers.Layer):
             several = y.shape[-1] > channels  # those of s² pixels: the layer is the same for each
             y = step(ops.reshape(y, (*y.shape[:3], -1, channels)) if several else y)
             y = ops.reshape(y, (*y.shape[:3], -1)) if several else y
-        return pixels(y + (x if self.shortcut is None else self.shortcut(x)), self.upscale)
+        x, y = x if self.shortcut is None else self.shortcut(x), pixels(y, self.upscale)
+        return y + (x if x.shape == y.shape else ops.image.resize(x, y.shape[1:3], data_format="channels_last"))
 
 
 # ---- Single stage: from an embedding to a picture, or from its time to a frame (section 2.3) ----
@@ -350,14 +351,16 @@ def single_stage(size, frames, parameters, width, blocks, compression, activatio
 
     Blocks double the resolution, each with 0.8 times the width of the last. The features of a picture are learned maps,
     with about half of the parameters; further blocks keep the resolution, and a last layer draws p² pixels for each
-    position (p ≤ 4). Those of a video are `TimeMaps` of 16 channels; each further block gets up to 4 more. Each of them
-    has a tenth of the parameters, and at high resolutions, where this does not suffice for several times, holds what
-    all frames share. nerv: as NeRV (Chen et al., NeurIPS 2021), two dense layers compute the features from sines and
-    cosines of the time; the blocks are 3×3 convolution, GELU and `depth_to_space`, and a convolution is the last layer.
+    position (p ≤ 4). Those of a video are `TimeMaps`, and each further block gets some more. Each of these has a tenth
+    of the parameters, for 20 times if that leaves four channels or more, otherwise for fewer; with a single one, at
+    high resolutions, it holds what all frames share. nerv: as NeRV (Chen et al., NeurIPS 2021), two dense layers
+    compute the features from sines and cosines of the time; the blocks are 3×3 convolution, GELU and `depth_to_space`,
+    and a convolution is the last layer.
     """
     linear, conv = functools.partial(dense, dtype="float32"), functools.partial(convolution, dtype="float32")
     time = frames > 1
-    positions = parameters / (2560 if time else 7)  # a tenth for 16 channels at 16 times, or 7/4 × 2 channels, for each
+    # Of the first features. For a picture, 7/4 × 2 channels at each of them have half of the parameters.
+    positions = min(80, parameters / 2500) if time else parameters / 7
     cell = 2 ** max(int(time), round(math.log2(math.prod(size) / positions) / 2))
     grid, patch = [-(-side // cell) for side in size], 1 if time else min(cell, 4)
     if nerv:
@@ -378,7 +381,7 @@ def single_stage(size, frames, parameters, width, blocks, compression, activatio
         else:
             values = int(parameters / 10 / (height * breadth)) if time else 0  # for each position
             if values:
-                channels = min(values, 4 if number else 16)
+                channels = min(values, max(4, values // min(frames, 20)))
                 layers.append(TimeMaps(min(frames, values // channels), height, breadth, channels, dtype="float32"))
                 inputs += channels
             outputs = 3 if time and number == doublings - 1 else width

@@ -571,7 +571,8 @@ def plain_block(block, x, activation):
         y = plain_dense(layer, y) if kind == "d" else plain_convolution(layer, y, stride)
         y = shuffled(y, scale) if layer is block.steps[1 if kinds == "dcd" else -1] else y
     if scale > 1:
-        return y + shuffled(plain_dense(block.shortcut, x), scale)
+        x = functional.interpolate(plain_dense(block.shortcut, x).permute(0, 3, 1, 2), scale_factor=scale, mode="bilinear")
+        return y + x.permute(0, 2, 3, 1)
     shortcut = plain_dense if config["hybrid"] == "mlp" else functools.partial(plain_convolution, stride=stride)
     return y + (x if x.shape == y.shape else shortcut(block.shortcut, x))
 
@@ -582,7 +583,7 @@ def plain_block(block, x, activation):
 def test_a_block_that_doubles_the_resolution(hybrid, parameters):
     block, x = inrn.INReBlock(8, 6, 2.0, 1, "gelu", hybrid, upscale=2), random_batch(2, 5, 8)[0]
     assert all(layer.kernel.value.abs().max() > 0 for layer in block.steps)
-    assert block.count_params() == parameters + (8 * 24 + 24) + 2 * 8
+    assert block.count_params() == parameters + (8 * 6 + 6) + 2 * 8
     stirred(block, 0.2)
     torch.testing.assert_close(block(x), plain_block(block, x, functional.gelu), rtol=1e-4, atol=1e-4)
     assert inrn.INReBlock(8, 2, 2.0, 1, "gelu", hybrid, upscale=2)(x).shape == (2, 10, 10, 2)  # inputs = s² width
@@ -655,7 +656,7 @@ def test_inrn_draws_like_plain_pytorch(frames, parameters, scales):
     after = [max(2, round(0.8 * width)) if scale > 1 else width for width, scale in zip(widths, scales)]
     assert widths[1:] == [*after[:-2], 3 if time else after[-2]]  # the last block of a video draws its colours
     maps = [tuple(layer.maps.shape) for layer in layers if layer not in blocks]  # each of at most 1200 parameters
-    assert maps == ([(9, 2, 3, 16), (9, 4, 6, 4), (3, 8, 12, 4), (1, 16, 24, 3)] if time else [])
+    assert maps == ([(9, 2, 3, 22), (9, 4, 6, 5), (3, 8, 12, 4), (1, 16, 24, 3)] if time else [])
     for layer in layers:
         if layer in blocks:
             x = plain_block(layer, x, functional.gelu)
