@@ -645,7 +645,7 @@ def match_layers(teacher, student, image_shape, names=()):
         except RuntimeError as error:
             raise ValueError(f"the teacher cannot process images of {tuple(image_shape)}: use larger ones") from error
         for stage, output in student.stage_outputs(image).items():
-            fitting = [name for name, x in outputs.items() if x.shape[1:3] == output.shape[1:3]]
+            fitting = [name for name in layers if outputs[name].shape[1:3] == output.shape[1:3]]  # from first to last
             if fitting:
                 matched[stage] = layers[stage if stage in fitting else fitting[-1]]
     if not matched:

@@ -766,12 +766,12 @@ def test_teacher_layers_are_matched_by_resolution_or_name():
     sequential = keras.Sequential([keras.Input((None, None, 1)), quarter, keras.layers.GlobalMaxPooling2D()])
     names = ["stage4", "stage3", "stage2", "stage1"]
     three_stages = inrn.residual_cnn((16, 16, 1), 10, 2, widths=(4, 4, 4))
-    named = keras.Sequential([keras.Input((16, 16, 1)), *[keras.layers.Conv2D(3, 3, stride, "same", name=name)
-                                                          for name, stride in (("stage2", 4), ("last", 1))]])
+    named, unnamed = (keras.Sequential([keras.Input((16, 16, 1)), *[keras.layers.Conv2D(
+        3, 3, stride, "same", name=name) for name, stride in ((first, 4), ("last", 1))]]) for first in ("stage2", "most"))
     for model, layers, expected in ((teacher, [], dict(zip(names, names))), (sequential, [], {"stage2": "quarter"}),
                                     (teacher, names, dict(zip(reversed(names), names))),
                                     (three_stages, [], dict(zip(names[1:], names[1:]))),
-                                    (named, [], {"stage2": "stage2"})):
+                                    (named, [], {"stage2": "stage2"}), (unnamed, [], {"stage2": "last"})):
         matched = inrn.match_layers(model, student, (16, 16, 1), layers)
         assert {stage: layer.name for stage, layer in matched.items()} == expected
     frozen = keras.Sequential([keras.Input((16, 16, 1)), keras.layers.Rescaling(2.0), again])
