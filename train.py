@@ -673,8 +673,9 @@ def draw_grid(rows, path):
     surface (X, Y, Z, 1), which are drawn by `view_surface`."""
     from matplotlib.figure import Figure
 
-    side = min(4, max(1.3, rows[0][0][0].shape[1] / 100))  # inches, at 100 pixels
-    figure = Figure(figsize=(side * len(rows[0]), (side + 0.3) * len(rows)), layout="constrained")
+    height, width = rows[0][0][0].shape[:2]
+    side = min(4, max(1.3, width / 100))  # inches, at 100 pixels
+    figure = Figure(figsize=(side * len(rows[0]), (side * height / width + 0.4) * len(rows)), layout="constrained")
     for row, axes_row in zip(rows, figure.subplots(len(rows), len(rows[0]), squeeze=False)):
         for (picture, title), axes in zip(row, axes_row):
             picture = view_surface(picture[..., 0]) if picture.ndim == 4 else picture
