@@ -780,7 +780,10 @@ def main(arguments=None):
                ablate if options.ablate else train)
     try:
         with signal_handler(interrupt):
-            return command(options, task) or 0
+            status = command(options, task) or 0
+        if PROCESSES > 1:
+            torch.distributed.destroy_process_group()  # without it, a process can abort when it exits
+        return status
     except data.DataError as error:
         refuse(error)
     except OSError as error:
