@@ -172,8 +172,15 @@ class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
         return {"rate": self.rate, "total_steps": self.total_steps}
 
 
-class GroupTrained(keras.Model):
-    """Base of models with an optimizer for each group of their variables. Keras saves `config` and `compile_config`.
+class Model(keras.Model):
+    """Base of models whose config is the arguments of their constructor, as Keras has it for layers."""
+
+    def __new__(cls, *arguments, **options):
+        return keras.Layer.__new__(cls, *arguments, **options)  # that of keras.Model (3.15) would forget them
+
+
+class GroupTrained(Model):
+    """Base of models with an optimizer for each group of their variables.
 
     A subclass defines score(data, training), which returns the loss of a batch, a scalar, and updates the metrics, and
     `trackers`, its metrics. `alignment`: 1×1 convolutions that only the training needs."""
@@ -211,9 +218,6 @@ class GroupTrained(keras.Model):
         return self.get_metrics_result()
 
     metrics = property(lambda self: self.trackers)  # without Keras's own loss tracker
-
-    def get_config(self):
-        return {"name": self.name, **self.config}
 
     def get_compile_config(self):
         return self.compile_config if self.compiled else {}
@@ -271,8 +275,6 @@ class INReBlock(keras.layers.Layer):
         middle = inputs if upscale > 1 else width
         if not 0 < compression <= middle:
             raise ValueError(f"compression must be above 0 and at most the width, {middle}; it is {compression}")
-        self.config = dict(inputs=inputs, width=width, compression=compression, stride=stride, activation=activation,
-                           hybrid=hybrid, upscale=upscale)
         self.upscale, hidden, out = upscale, round(middle / compression), width * upscale**2
         self.activation, self.pool = keras.activations.get(activation), stride if hybrid == "mlp" else 1
         self.norm = keras.layers.LayerNormalization(epsilon=1e-5, dtype=self.dtype_policy)
@@ -452,9 +454,7 @@ class PictureFit(GroupTrained):
 
     def __init__(self, network="inrn", size=(256, 256), frames=1, parameters=40_000, width=0, blocks=3,
                  compression=2.0, activation="gelu", hybrid="interleaved", alpha=0.7, **kwargs):
-        super().__init__(dtype="float32", **kwargs)
-        names = {"network", "size", "frames", *FIT_HYPERPARAMETERS}
-        self.config = {name: value for name, value in locals().items() if name in names}
+        super().__init__(**kwargs | {"dtype": "float32"})
         if network not in (("inrn", "nerv") if frames > 1 else ("inrn", "siren", "relu")):
             raise ValueError(f"network must be inrn, siren or relu, or for a video inrn or nerv; it is {network}")
         if min(*size, frames, parameters, blocks) < 1 or not 0 <= alpha <= 1:
@@ -534,7 +534,7 @@ def numbers(text, name):
 
 
 @keras.saving.register_keras_serializable("inrn")
-class INRN(keras.Model):
+class INRN(Model):
     """Images (N, H, W, C), `float32` in [-1, 1], of any H and W -> logits (N, num_classes).
 
     The arguments are explained in `HYPERPARAMETERS`. Without a teacher, compile and train it like any Keras model; with
@@ -543,23 +543,20 @@ class INRN(keras.Model):
     """
 
     def __init__(self, channels=1, num_classes=10, widths="32,64,96,128", blocks="1,3,16,3", stem_stride=1,
-                 compression=0.5, activation="gelu", hybrid="interleaved", dtype=None, **kwargs):
-        policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
-        super().__init__(dtype=policy, **kwargs)
-        self.config = {name: value for name, value in locals().items() if name in {*SMALL, "channels", "num_classes"}}
+                 compression=0.5, activation="gelu", hybrid="interleaved", **kwargs):
+        super().__init__(**kwargs)
         if min(channels, num_classes, stem_stride) < 1:
             raise ValueError("channels, num_classes and stem_stride must be at least 1")
-        self.config["dtype"], self.channels = policy.name, channels
-        widths, blocks = numbers(widths, "widths"), numbers(blocks, "blocks")
-        self.stem = convolution(channels, widths[0], kernel_size=max(3, stem_stride), strides=stem_stride, dtype=policy)
-        self.stages = []
+        widths, blocks, dtype = numbers(widths, "widths"), numbers(blocks, "blocks"), self.dtype_policy.name
+        self.channels, self.widths, self.stages = channels, widths, []
+        self.stem = convolution(channels, widths[0], kernel_size=max(3, stem_stride), strides=stem_stride, dtype=dtype)
         for stage, (before, width, count) in enumerate(zip([widths[0], *widths], widths, blocks), 1):
-            ends = [(before, min(stage, 2)), *[(width, 1)] * (count - 1)]  # inputs and stride of each block
-            self.stages.append([INReBlock(inputs, width, compression, stride, activation, hybrid, dtype=policy,
-                                          name=f"stage{stage}_block{i}") for i, (inputs, stride) in enumerate(ends, 1)])
-        self.norm = keras.layers.LayerNormalization(epsilon=1e-5, dtype=policy)
+            self.stages.append([INReBlock(width if i else before, width, compression, 1 if i else min(stage, 2),
+                                          activation, hybrid, name=f"stage{stage}_block{i + 1}", dtype=dtype)
+                                for i in range(count)])
+        self.norm = keras.layers.LayerNormalization(epsilon=1e-5, dtype=dtype)
         self.norm.build((None, widths[-1]))
-        self.head = dense(widths[-1], num_classes, dtype=policy.variable_dtype)  # logits in full precision
+        self.head = dense(widths[-1], num_classes, dtype=self.variable_dtype)  # logits in full precision
         self.built = True
 
     def stage_outputs(self, images):
@@ -580,9 +577,6 @@ class INRN(keras.Model):
 
     def call(self, images):
         return self.classify(self.stage_outputs(images)["stage4"])
-
-    def get_config(self):
-        return {"name": self.name, **self.config}
 
 
 # ---- Teachers ----
@@ -699,7 +693,7 @@ class Distiller(GroupTrained):
                          keras.metrics.MeanMetricWrapper(top5_accuracy, "top5_accuracy")]
         if teacher is not None:
             matched = match_layers(teacher, student, image_shape, layers)
-            shape, num_classes = teacher.outputs[0].shape, student.config["num_classes"]
+            shape, num_classes = teacher.outputs[0].shape, student.head.units
             if len(teacher.outputs) != 1 or len(shape) not in (2, 4):
                 raise ValueError("the teacher must have one output: logits, probabilities or features")
             if len(shape) == 2 and shape[-1] != num_classes:
@@ -710,7 +704,7 @@ class Distiller(GroupTrained):
             # In a function, so that Keras does not make the teacher a part of this model.
             self.teach, self.matched = torch.no_grad()(lambda images: features(images, training=False)), [*matched]
             for stage, target in matched.items():
-                width, target_width = student.stages[int(stage[-1]) - 1][0].config["width"], target.output.shape[-1]
+                width, target_width = student.widths[int(stage[-1]) - 1], target.output.shape[-1]
                 self.alignment.append(convolution(width, target_width, kernel_size=1, dtype=student.dtype_policy))
             taught = self.teach(ops.zeros((1, *image_shape)))[-1]
             # Most Keras classifiers return probabilities, whose logarithms are logits.
@@ -822,33 +816,31 @@ class Detector(GroupTrained):
     1. Called with images, it returns a dict for each: boxes (n, 4), labels (n,), scores (n,) and masks (n, H, W) from 0
     to 1, in the images' own pixels.
 
-    The other arguments are explained in `DETECTION_HYPERPARAMETERS`. teacher: as there, or None. The backbone's stages
-    learn its pyramid (equation 3); it is not a part of the model. Raises ValueError for invalid arguments, and
-    ImportError without torchvision, torchmetrics and pycocotools, which nothing else here needs.
+    The other arguments are explained in `DETECTION_HYPERPARAMETERS`; those of an INRN as backbone are `options`. Raises
+    ValueError for invalid arguments, and ImportError without torchvision, torchmetrics and pycocotools, which nothing
+    else here needs.
 
     Metrics: in training loss, its parts with torchvision's names, and distillation; otherwise `AveragePrecision`.
     """
 
     def __init__(self, num_classes=10, size=128, masks=False, backbone="inrn", pyramid_width=64, head_width=256,
-                 anchor_size=16, proposals=100, samples=64, seed=0, teacher=None, feature_weight=1.0, name=None,
-                 dtype=None, **options):
+                 anchor_size=16, proposals=100, samples=64, seed=0, name=None, dtype=None, **options):
         detection = torchvision_detection()
         from torchvision.ops import FeaturePyramidNetwork, feature_pyramid_network, poolers
 
         super().__init__(name=name, dtype=dtype, autocast=False)
-        names = {*DETECTION, "num_classes", "size", "masks", "seed"} - {"teacher", "feature_weight"}
-        self.config = {name: value for name, value in locals().items() if name in names} | options
-        self.config["dtype"], self.feature_weight, self.optimizers = self.dtype_policy.name, feature_weight, []
         if backbone == "inrn":
             self.body = INRN(3, 1, dtype=dtype, **options)
             self.body.norm.trainable = self.body.head.trainable = False  # they only classify
-            widths = numbers(self.body.config["widths"], "widths")
+            widths, finest = self.body.widths, math.log2(self.body.stem.strides[0])
+            if finest % 1:
+                raise ValueError("stem_stride must be a power of two")
         else:
             if backbone not in ("resnet18", "resnet34", "resnet50", "resnet101"):
                 raise ValueError(f"backbone must be inrn, resnet18, resnet34, resnet50 or resnet101; it is {backbone}")
             norm = functools.partial(torch.nn.GroupNorm, 32)
             resnet = detection.backbone_utils.resnet.__dict__[backbone](norm_layer=norm)
-            widths = [resnet.inplanes // 8 * 2**i for i in range(4)]
+            widths, finest = [resnet.inplanes // 8 * 2**i for i in range(4)], 2
             stages = {f"layer{i}": f"stage{i}" for i in range(1, 5)}
             self.body = keras.layers.TorchModuleWrapper(
                 detection.backbone_utils.IntermediateLayerGetter(resnet, stages), dtype="float32")
@@ -866,33 +858,47 @@ class Detector(GroupTrained):
             pyramid, rpn_anchor_generator=detection.anchor_utils.AnchorGenerator(sides, ratios), min_size=size,
             max_size=size, image_mean=[0.0] * 3, image_std=[1.0] * 3, rpn_batch_size_per_image=samples,
             box_batch_size_per_image=samples, **counts, **heads)
-        finest = math.log2(self.body.config["stem_stride"]) if backbone == "inrn" else 2
-        if finest % 1:
-            raise ValueError("stem_stride must be a power of two")
         # torchvision would derive the levels' scales from its first images, wrongly if they are flat.
         for pool in (rcnn.roi_heads.box_roi_pool, *([rcnn.roi_heads.mask_roi_pool] if masks else [])):
             pool.scales = [2 ** -(finest + i) for i in range(4)]
             pool.map_levels = poolers.initLevelMapper(int(finest), int(finest) + 3)
         self.rcnn = keras.layers.TorchModuleWrapper(rcnn, dtype="float32")
         self.seeds = keras.random.SeedGenerator(seed)
-        parts = ["classifier", "box_reg", *(["mask"] if masks else []), "objectness", "rpn_box_reg"]
-        self.teach, self.alignment = None, []
-        if teacher is not None:
-            self.teach = teacher_pyramid(teacher)
-            image = ops.zeros((1, size, size, 3))
-            taught = self.teach(image)
-            if [x.shape[1:3] for x in taught] != [x.shape[1:3] for x in self.stages(image)]:
-                raise ValueError("the levels of the teacher's pyramid must have the resolutions of the four stages")
-            self.alignment = [convolution(width, features.shape[-1], kernel_size=1, dtype="float32")
-                              for width, features in zip(widths, taught)]
-            parts.append("distillation")
-        self.trackers = {name: keras.metrics.Mean(name=name) for name in ["loss", *parts]}
+        names = ["loss", "classifier", "box_reg", *(["mask"] if masks else []), "objectness", "rpn_box_reg"]
+        self.trackers = {name: keras.metrics.Mean(name=name) for name in names}
         self.precision = AveragePrecision(masks, name="precision")
+        self.size, self.masks, self.teach, self.alignment = size, masks, None, []
         self.built = True
+
+    def learn_from(self, teacher, feature_weight=1.0):
+        """From now on the stages learn the pyramid of a teacher too, with this weight (equation 3). Before `compile`.
+
+        teacher: a `Detector`, the path of one, or the name of one of torchvision's, whose weights it downloads; it is
+        not a part of this model. Raises ValueError for others.
+        """
+        image = ops.zeros((1, self.size, self.size, 3))
+        try:
+            if isinstance(teacher, str) and not teacher.endswith(".keras"):
+                model = torchvision_detection().__dict__[teacher](weights="DEFAULT").eval().to(image.device)
+                pyramid = lambda images: model.backbone(model.transform.normalize((images.permute(0, 3, 1, 2) + 1) / 2))
+            else:
+                model = keras.saving.load_model(teacher, compile=False) if isinstance(teacher, str) else teacher
+                pyramid = lambda images: model.pyramid(model.stages(images))
+            finest = lambda images: [x.permute(0, 2, 3, 1) for x in list(pyramid(images).values())[:4]]
+            self.teach = torch.no_grad()(finest)  # a function: Keras does not make the teacher a part of this model
+            taught, stages = self.teach(image), self.stages(image)
+        except Exception as error:  # no network, no such file, no detector: of many types
+            raise ValueError(f"cannot load the teacher {teacher} ({type(error).__name__}: {str(error)[:160]}): use "
+                             "none, a detector of torchvision.models.detection, or a .keras file of this task") from error
+        if [x.shape[1:3] for x in taught] != [x.shape[1:3] for x in stages]:
+            raise ValueError("the levels of the teacher's pyramid must have the resolutions of the four stages")
+        self.feature_weight, self.trackers["distillation"] = feature_weight, keras.metrics.Mean(name="distillation")
+        self.alignment = [convolution(x.shape[-1], features.shape[-1], kernel_size=1, dtype="float32")
+                          for x, features in zip(stages, taught)]
 
     def stages(self, images):
         """Outputs of the backbone's stages: [(N, H/s, W/s, D1), …, (N, H/8s, W/8s, D4)]; s is 4 for a ResNet."""
-        if self.config["backbone"] == "inrn":
+        if isinstance(self.body, INRN):
             return [ops.cast(x, "float32") for x in self.body.stage_outputs(images).values()]
         return [x.permute(0, 2, 3, 1) for x in self.body(images.permute(0, 3, 1, 2)).values()]
 
@@ -938,7 +944,7 @@ class Detector(GroupTrained):
     def test_step(self, data):
         images, targets, _ = keras.utils.unpack_x_y_sample_weight(data)
         found, there = self(images), unpad(targets, targets["labels"] >= 0)
-        for one in [*found, *there] if self.config["masks"] else ():
+        for one in [*found, *there] if self.masks else ():
             one["masks"] = one["masks"] > 0.5
         self.precision.update_state([one | {"iscrowd": one["crowd"]} for one in there], found)
         return dict.fromkeys(self.precision.names, 0.0)  # Keras asks for the metrics after the last batch
@@ -952,24 +958,6 @@ class Detector(GroupTrained):
         if self.precision.total.update_called:
             return self.precision.result()
         return {name: tracker.result() for name, tracker in self.trackers.items()}
-
-
-def teacher_pyramid(teacher):
-    """A function from images (N, H, W, 3) in [-1, 1] to the four finest levels of a detector's feature pyramid,
-    [(N, h, w, C), …]. teacher: a `Detector`, the path of one, or the name of one of torchvision's, whose weights it
-    downloads. Raises ValueError for others."""
-    try:
-        if isinstance(teacher, str) and not teacher.endswith(".keras"):
-            model = torchvision_detection().__dict__[teacher](weights="DEFAULT").eval().to(ops.zeros(1).device)
-            pyramid = lambda images: model.backbone(model.transform.normalize((images.permute(0, 3, 1, 2) + 1) / 2))
-        else:
-            model = keras.saving.load_model(teacher, compile=False) if isinstance(teacher, str) else teacher
-            pyramid = lambda images: model.pyramid(model.stages(images))
-        pyramid(ops.zeros((1, 64, 64, 3)))
-    except Exception as error:  # no network, no such file, no detector: of many types
-        raise ValueError(f"cannot load the teacher {teacher} ({type(error).__name__}: {str(error)[:160]}): use none, "
-                         "a detector of torchvision.models.detection, or a model.keras of this task") from error
-    return torch.no_grad()(lambda images: [x.permute(0, 2, 3, 1) for x in list(pyramid(images).values())[:4]])
 
 
 # ---- What train.py asks for ----
@@ -1051,10 +1039,11 @@ def build_detector(options, dataset, steps_per_epoch, masks):
     """The detector, as a list of one model."""
     if options.compile:
         raise ValueError("inrn has no separate INR to compile: leave out --compile")
-    names = DETECTION.keys() - {"rate", "weight_decay", "batch_size", "epochs", "teacher"}
+    names = DETECTION.keys() - {"teacher", "feature_weight", "rate", "weight_decay", "batch_size", "epochs"}
     model = Detector(len(dataset.class_names), dataset.image_shape[0], masks, seed=options.seed,
-                     teacher=None if options.teacher == "none" else options.teacher,
                      **{name: getattr(options, name) for name in names})
+    if options.teacher != "none":
+        model.learn_from(options.teacher, options.feature_weight)
     model.compile(options.epochs * steps_per_epoch, options.rate, options.weight_decay)
     return [("", model, options.epochs)]
 

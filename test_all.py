@@ -543,7 +543,7 @@ def shuffled(x, scale):
 
 def plain_block(block, x, activation):
     """An INReBlock, from the description of its arguments."""
-    config = block.config
+    config = block.get_config()
     order = {"interleaved": "dcd" if config["compression"] >= 1 else "cdd", "front": "cdd", "post": "ddc", "mlp": "dd"}
     stride = config["stride"]
     if config["hybrid"] == "mlp" and stride > 1:
@@ -618,8 +618,8 @@ def test_inrn_draws_like_plain_pytorch(frames, parameters, scales):
              for maps in start.maps]
         x = plain_dense(first, torch.cat(x, 1).permute(0, 2, 3, 1))
     blocks = [layer for layer in layers if isinstance(layer, inrn.INReBlock)]
-    assert [block.config["upscale"] for block in blocks] == scales
-    widths = [block.config["width"] for block in blocks]
+    assert [block.upscale for block in blocks] == scales
+    widths = [block.get_config()["width"] for block in blocks]
     after = [max(2, round(0.8 * width)) if scale > 1 else width for width, scale in zip(widths, scales)]
     assert widths[1:] == [*after[:-2], 3 if time else after[-2]]  # the last block of a video draws its colours
     maps = [tuple(layer.maps.shape) for layer in layers if layer not in blocks]  # each of at most 1200 parameters
@@ -1017,7 +1017,8 @@ def test_a_pyramid_teaches_the_stages(tmp_path):
     """Equation 3 in plain PyTorch; the teacher is not a part of the student."""
     teacher, (images, targets) = small_detector(masks=False, pyramid_width=12), few_scenes()
     teacher.save(tmp_path / "teacher.keras")
-    before, model = teacher.get_weights(), small_detector(teacher=str(tmp_path / "teacher.keras"), feature_weight=0.5)
+    before, model = teacher.get_weights(), small_detector()
+    model.learn_from(str(tmp_path / "teacher.keras"), feature_weight=0.5)
     model.compile(total_steps=9)
     with torch.no_grad():
         padded = functional.pad(images, (0, 0, 0, 16, 0, 16))  # to a multiple of 32 pixels
@@ -1041,10 +1042,10 @@ def test_a_pyramid_teaches_the_stages(tmp_path):
     assert int(alone.optimizers[0].iterations) == 1
     assert len(model.trainable_variables) == len(alone.trainable_variables) + 8
     with pytest.raises(ValueError, match="resolutions"):
-        small_detector(teacher=small_detector(stem_stride=8))
+        small_detector().learn_from(small_detector(stem_stride=8))
     for name in ("no_such_detector", str(tmp_path / "missing.keras")):
         with pytest.raises(ValueError, match="cannot load the teacher"):
-            small_detector(teacher=name)
+            small_detector().learn_from(name)
 
 
 def precisions_of(images, masks, rank=0, store=None):
