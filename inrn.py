@@ -96,18 +96,19 @@ HYPERPARAMETERS = {
     "epochs": (50, "epochs for training INRN"),
 }
 SMALL = {name: value for name, (value, _) in HYPERPARAMETERS.items()}
-# quick is for a CPU and small images; it was tuned on held-out training images of MNIST.
+MEDIUM = dict(widths="88,176,352,352", blocks="1,3,6,2", stem_stride=4, compression=2.0)
 PRESETS = {
+    # For a CPU and small images; tuned on held-out training images of MNIST.
     "quick": SMALL | dict(widths="64,128,256,256", blocks="1,1,2,1", stem_stride=2, compression=2.0, rate=4e-3,
                           epochs=2, teacher_epochs=1),
     "small": SMALL,
-    "medium": SMALL | dict(widths="88,176,352,352", blocks="1,3,6,2", stem_stride=4, compression=2.0),
+    "medium": SMALL | MEDIUM,
     "large": SMALL | dict(widths="128,256,512,768", blocks="2,5,12,2", stem_stride=4, compression=2.0),
+    # As published: INRN-S beside a ResNet-56, INRN-M beside a ResNet-101 (Table 4). The numbers of epochs are those of
+    # the methods in that table (Tian et al., ICLR 2020).
+    "cifar100": SMALL | dict(teacher="resnet56", epochs=240, teacher_epochs=240),
+    "imagenet": SMALL | MEDIUM | dict(teacher="resnet101", epochs=100, batch_size=256),
 }
-# As published: INRN-S beside a ResNet-56 on CIFAR-100, INRN-M beside a ResNet-101 on ImageNet (Table 4). The numbers of
-# epochs are those of the methods in that table (Tian et al., ICLR 2020).
-PRESETS |= {"cifar100": SMALL | dict(teacher="resnet56", epochs=240, teacher_epochs=240),
-            "imagenet": PRESETS["medium"] | dict(teacher="resnet101", epochs=100, batch_size=256)}
 # Hyperparameters of detection and segmentation: those of Mask R-CNN (He et al., ICCV 2017), and ours.
 DETECTION_HYPERPARAMETERS = {
     "backbone": ("inrn", "inrn, or to compare it with a ResNet with group normalization: resnet18, resnet34, resnet50 "
@@ -128,11 +129,11 @@ DETECTION_HYPERPARAMETERS = {
     "epochs": (24, "number of epochs"),
 }
 DETECTION = {name: value for name, (value, _) in DETECTION_HYPERPARAMETERS.items()}
-DETECTION |= dict(stem_stride=4, compression=2.0)
 DETECTION_PRESETS = {  # quick is for a CPU and images of 128×128
-    "quick": DETECTION | dict(widths="32,64,128,128", blocks="1,1,2,1", pyramid_width=64, head_width=256, rate=2e-3,
-                              anchor_size=16, proposals=100, samples=64, batch_size=8, epochs=1),
-    "medium": DETECTION | {name: PRESETS["medium"][name] for name in ("widths", "blocks")},
+    "quick": DETECTION | dict(widths="32,64,128,128", blocks="1,1,2,1", stem_stride=4, compression=2.0, rate=2e-3,
+                              pyramid_width=64, head_width=256, anchor_size=16, proposals=100, samples=64,
+                              batch_size=8, epochs=1),
+    "medium": DETECTION | MEDIUM,
 }
 # Hyperparameters of fitting a picture or a video. All values are ours.
 FIT_HYPERPARAMETERS = {
@@ -431,14 +432,6 @@ def similarity(pictures, others):
     return ops.mean(similar / ((means + 4e-4) * (squares - means + 36e-4)), axis=(1, 2, 3))
 
 
-def fitting_loss(pictures, targets, alpha):
-    """alpha L2 + (1 - alpha) (1 - SSIM) of each pair of pictures (N, H, W, 3) in [-1, 1] (equation 1), where L2 is the
-    mean squared error. Returns this loss, the mean squared error and SSIM, each (N,)."""
-    squared = ops.mean(ops.square(pictures - targets), axis=(1, 2, 3))
-    ssim = similarity(pictures, targets)
-    return alpha * squared + (1 - alpha) * (1 - ssim), squared, ssim
-
-
 @keras.saving.register_keras_serializable("inrn")
 class PictureFit(GroupTrained):
     """A network that represents a picture or a video. `fit` takes frames (N, H, W, 3) in [-1, 1] and their times (N,).
@@ -509,13 +502,16 @@ class PictureFit(GroupTrained):
         self.optimizers[0].build(self.trainable_variables)
 
     def score(self, data, training):
-        """The loss of a batch, a scalar. Updates the metrics. Pictures are clipped to [-1, 1] except in training."""
+        """Equation 1: the mean over frames of alpha L2 + (1 - alpha) (1 - SSIM), where L2 is the mean squared error.
+        Pictures are clipped to [-1, 1] except in training."""
         frames, times, _ = keras.utils.unpack_x_y_sample_weight(data)
-        frames, times = (frames, times) if self.frames > 1 else (frames[:1], times[:1])  # copies of one picture
-        pictures = self(times)
+        if self.frames == 1:  # copies of one picture
+            frames, times = frames[:1], times[:1]
+        pictures = self(times) if training else ops.clip(self(times), -1, 1)
         if pictures.shape != frames.shape:
             raise ValueError(f"frames must be (N, {self.size[0]}, {self.size[1]}, 3); got {tuple(frames.shape)}")
-        loss, squared, ssim = fitting_loss(pictures if training else ops.clip(pictures, -1, 1), frames, self.alpha)
+        squared, ssim = ops.mean(ops.square(pictures - frames), axis=(1, 2, 3)), similarity(pictures, frames)
+        loss = self.alpha * squared + (1 - self.alpha) * (1 - ssim)
         with torch.no_grad():
             for tracker, values in zip(self.trackers, (loss, 10 * ops.log10(4 / squared), ssim)):
                 tracker.update_state(values)
@@ -621,27 +617,27 @@ def match_layers(teacher, student, image_shape, names=()):
     """
     if not getattr(teacher, "inputs", None):
         raise ValueError("the teacher must be a functional or sequential Keras model, whose layers have outputs")
-    shapes = [tuple(x.shape[1:]) for x in teacher.inputs]
-    if len(shapes) != 1 or len(shapes[0]) != 3 or any(n not in (None, side) for n, side in zip(shapes[0], image_shape)):
-        raise ValueError(f"the teacher takes {', '.join(map(str, shapes))}, the images are {tuple(image_shape)}")
     # Layers before the first one with weights only scale or repeat the image.
     first = next((i for i, layer in enumerate(teacher.layers)
                   if layer.weights and not isinstance(layer, keras.layers.Normalization)), 0)
     layers = {layer.name: layer for layer in teacher.layers[first:] if len(getattr(layer.output, "shape", ())) == 4}
+    image, matched = ops.zeros((1, *image_shape)), {}
+    with torch.no_grad():
+        stages = student.stage_outputs(image)
+        try:
+            outputs = keras.Model(teacher.inputs, {name: layer.output for name, layer in layers.items()})(image)
+        except (RuntimeError, ValueError) as error:
+            shapes = ", ".join(str(tuple(x.shape[1:])) for x in teacher.inputs)
+            raise ValueError(f"the teacher takes {shapes}, the images are {tuple(image_shape)}: use another teacher or "
+                             "larger images") from error
     if names:
         if len(names) != 4 or not {*names} <= {*layers}:
             raise ValueError(f"the teacher's layers must be four of {', '.join(layers)}; they are {', '.join(names)}")
-        return {f"stage{number}": layers[name] for number, name in enumerate(names, 1)}
-    image, matched = ops.zeros((1, *image_shape)), {}
-    with torch.no_grad():
-        try:
-            outputs = keras.Model(teacher.inputs, {name: layer.output for name, layer in layers.items()})(image)
-        except RuntimeError as error:
-            raise ValueError(f"the teacher cannot process images of {tuple(image_shape)}: use larger ones") from error
-        for stage, output in student.stage_outputs(image).items():
-            fitting = [name for name in layers if outputs[name].shape[1:3] == output.shape[1:3]]  # from first to last
-            if fitting:
-                matched[stage] = layers[stage if stage in fitting else fitting[-1]]
+        return dict(zip(stages, (layers[name] for name in names)))
+    for stage, output in stages.items():
+        fitting = [name for name in layers if outputs[name].shape[1:3] == output.shape[1:3]]  # from first to last
+        if fitting:
+            matched[stage] = layers[stage if stage in fitting else fitting[-1]]
     if not matched:
         raise ValueError(f"no layer of the teacher has the resolution of a stage: name four of {', '.join(layers)}")
     return matched
@@ -889,7 +885,7 @@ class Detector(GroupTrained):
             taught, stages = self.teach(image), self.stages(image)
         except Exception as error:  # no network, no such file, no detector: of many types
             raise ValueError(f"cannot load the teacher {teacher} ({type(error).__name__}: {str(error)[:160]}): use "
-                             "none, a detector of torchvision.models.detection, or a .keras file of this task") from error
+                             "none, a detector of torchvision.models.detection or the .keras file of one") from error
         if [x.shape[1:3] for x in taught] != [x.shape[1:3] for x in stages]:
             raise ValueError("the levels of the teacher's pyramid must have the resolutions of the four stages")
         self.feature_weight, self.trackers["distillation"] = feature_weight, keras.metrics.Mean(name="distillation")
@@ -1010,15 +1006,14 @@ def build_fits(options, dataset, steps_per_epoch):
     """The models of a fit: INRN and, with options.compare, the networks to compare it with."""
     if options.compile or keras.config.dtype_policy().name != "float32":
         raise ValueError("fits use float32 and have no separate INR to compile: leave out --precision and --compile")
-    frames, models, budget, width = len(dataset.test), [], options.parameters, options.width
-    for network in ("inrn", *(["nerv"] if frames > 1 else ["siren", "relu"])) if options.compare else ("inrn",):
+    frames, models, parameters, width = len(dataset.test), [], options.parameters, options.width
+    for network in ["", *(["nerv"] if frames > 1 else ["siren", "relu"])] if options.compare else [""]:
         keras.utils.set_random_seed(options.seed)  # the same initial weights beside other networks
-        model = PictureFit(network, dataset.image_shape[:2], frames, budget, width, options.blocks, options.compression,
-                           options.activation, options.hybrid, options.alpha)
-        budget, width = (budget if models else model.count_params()), 0
-        rates = dict(inrn=options.rate, siren=options.siren_rate, relu=options.relu_rate, nerv=options.nerv_rate)
-        model.compile(options.epochs * steps_per_epoch, rates[network])
-        models.append(("" if network == "inrn" else network, model, options.epochs))
+        model = PictureFit(network or "inrn", dataset.image_shape[:2], frames, parameters, width, options.blocks,
+                           options.compression, options.activation, options.hybrid, options.alpha)
+        model.compile(options.epochs * steps_per_epoch, getattr(options, f"{network}_rate" if network else "rate"))
+        models.append((network, model, options.epochs))
+        parameters, width = models[0][1].count_params(), 0  # the others have at most as many as INRN
     return models
 
 
@@ -1048,43 +1043,43 @@ def build_detector(options, dataset, steps_per_epoch, masks):
     return [("", model, options.epochs)]
 
 
+def likely_objects(model, image):
+    """The objects in an image (1, H, W, 3) with a score of at least 0.5: NumPy arrays, as a `Detector` returns them."""
+    found = keras.tree.map_structure(ops.convert_to_numpy, model(image)[0])
+    return {name: values[found["scores"] >= 0.5] for name, values in found.items()}
+
+
 def report_detections(models, images, labels, class_names, finer):
-    """Figure "detections": images with the objects that were found with a score of at least 0.5, and the true ones.
-    Returns no further results."""
+    """Figure "detections": images with their likely objects, and with the true ones. Returns no further results."""
     from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
     def draw(image, objects):
         factor = 400 / max(image.shape[:2])  # where lines and text are readable
         size = [round(factor * side) for side in image.shape[:2]]
-        picture = torch.tensor(image).permute(2, 0, 1)[None]
-        picture = (127.5 * torch.nn.functional.interpolate(picture, size)[0] + 127.5).round().to(torch.uint8)
+        enlarged = lambda x: torch.nn.functional.interpolate(torch.tensor(x)[None], size)[0]  # (C, H, W)
+        picture = (127.5 * enlarged(image.transpose(2, 0, 1)) + 127.5).round().to(torch.uint8)
         colors = [f"hsv({222 * label % 360}, 100%, 100%)" for label in objects["labels"]]
-        if "masks" in objects and colors:
-            masks = torch.tensor(objects["masks"] > 0.5)[None]
-            for mask, color in zip(torch.nn.functional.interpolate(masks.float(), size)[0].bool(), colors):
-                picture = draw_segmentation_masks(picture, mask, 0.5, color)  # one by one: it blackens overlaps
+        for mask, color in zip(objects.get("masks", ()), colors):  # one by one: together, overlaps would be black
+            mask = enlarged(np.float32(mask[None] > 0.5))[0].bool()
+            picture = draw_segmentation_masks(picture, mask, 0.5, color)
         if colors:
             names = [class_names[label] for label in objects["labels"]]
             picture = draw_bounding_boxes(picture, torch.tensor(objects["boxes"] * factor), names, colors, width=2)
         return picture.permute(1, 2, 0).numpy() / 127.5 - 1
 
-    model, rows = models["inrn"], [[]] if labels is None else [[], []]
-    for index, image in enumerate(images[:4]):
-        found = keras.tree.map_structure(ops.convert_to_numpy, model(image[None])[0])
-        found = {name: values[found["scores"] >= 0.5] for name, values in found.items()}
-        rows[0].append((draw(image, found), f"{len(found['labels'])} found"))
-        if labels is not None:
-            there = {name: values[index][labels["labels"][index] >= 0] for name, values in labels.items()}
-            rows[1].append((draw(image, there), "ground truth"))
+    found = [likely_objects(models["inrn"], image[None]) for image in images[:4]]
+    rows = [[(draw(image, objects), f"{len(objects['labels'])} found") for image, objects in zip(images, found)]]
+    if labels is not None:
+        there = unpad(labels, labels["labels"][:4] >= 0)
+        rows.append([(draw(image, objects), "ground truth") for image, objects in zip(images, there)])
     return {}, {"detections": rows}
 
 
 def describe_detections(model, image, class_names):
-    """The objects in an image (1, H, W, 3) with a score of at least 0.5, as text."""
-    found = model(image)[0]
-    objects = zip(*(found[name].tolist() for name in ("labels", "scores", "boxes")))
-    return ", ".join(f"{class_names[label]} {score:.1%} at {', '.join(f'{x:.0f}' for x in box)}"
-                     for label, score, box in objects if score >= 0.5) or "nothing found"
+    """The likely objects in an image (1, H, W, 3), as text."""
+    found = likely_objects(model, image)
+    return ", ".join(f"{class_names[label]} {score:.1%} at {', '.join(f'{x:.0f}' for x in box)}" for label, score, box
+                     in zip(found["labels"], found["scores"], found["boxes"])) or "nothing found"
 
 
 # The changes of each variant. Table 3 does not give the numbers of blocks "before" and "after" more of them are moved
