@@ -81,9 +81,8 @@ HYPERPARAMETERS = {
     "compression": (0.5, "compression coefficient: above 1 blocks compress first, below 1 they expand first, 1: flat"),
     "activation": ("gelu", "activation function: gelu or relu"),
     "hybrid": ("interleaved", "position of the convolution in a block: interleaved, front, post, or mlp for none"),
-    "teacher": ("train", "train: a small residual CNN, trained first on the same images; resnet56: likewise the "
-                "ResNet-56 of the literature on CIFAR; none; resnet101: trained on ImageNet, downloaded; or the .keras "
-                "file of a Keras classifier for images in [-1, 1]"),
+    "teacher": ("train", "train (a small residual CNN) or resnet56 (as for CIFAR), trained first on the same images; "
+                "none; resnet101, of ImageNet, downloaded; or a .keras file: a classifier for images in [-1, 1]"),
     "teacher_layers": ("", "names of the teacher's layers for the four stages, A,B,C,D (empty: matched by resolution)"),
     "teacher_epochs": (30, "epochs for training the teacher, with --teacher train or resnet56"),
     "task_weight": (1.0, "weight of the cross-entropy (lambda_1)"),
@@ -111,8 +110,7 @@ PRESETS = {
 }
 # Hyperparameters of detection and segmentation: those of Mask R-CNN (He et al., ICCV 2017), and ours.
 DETECTION_HYPERPARAMETERS = {
-    "backbone": ("inrn", "inrn, or to compare it with a ResNet with group normalization: resnet18, resnet34, resnet50 "
-                 "or resnet101"),
+    "backbone": ("inrn", "inrn, or a ResNet with group normalization: resnet18, resnet34, resnet50 or resnet101"),
     **{name: HYPERPARAMETERS[name]
        for name in ("widths", "blocks", "stem_stride", "compression", "activation", "hybrid")},
     "pyramid_width": (256, "channels of each level of the feature pyramid"),
@@ -120,8 +118,7 @@ DETECTION_HYPERPARAMETERS = {
     "anchor_size": (32, "side of the smallest anchors in pixels; each level of the pyramid doubles it"),
     "proposals": (1000, "regions that are classified in each image, at most"),
     "samples": (512, "regions of each image that the loss is computed from"),
-    "teacher": ("none", "none; a detector of torchvision, such as fasterrcnn_resnet50_fpn, whose weights are "
-                "downloaded; or the .keras file of a run of this task"),
+    "teacher": ("none", "none; the name of a detector of torchvision, which is downloaded; or a run's .keras file"),
     "feature_weight": (1.0, "weight of the mean squared errors between features of INRN and of the teacher's pyramid"),
     "rate": (1e-3, HYPERPARAMETERS["rate"][1]),
     "weight_decay": HYPERPARAMETERS["weight_decay"],
@@ -137,8 +134,7 @@ DETECTION_PRESETS = {  # quick is for a CPU and images of 128×128
 }
 # Hyperparameters of fitting a picture or a video. All values are ours.
 FIT_HYPERPARAMETERS = {
-    "compare": (False, "also fit networks of at most as many parameters: a SIREN and a ReLU MLP; for a video NeRV's "
-                "blocks"),
+    "compare": (False, "also fit networks of no more parameters: a SIREN and a ReLU MLP; for a video NeRV's blocks"),
     "parameters": (40_000, "largest number of parameters; it determines the maps' size and the blocks' width"),
     "width": (0, "width of the blocks, whatever the number of parameters (0: the largest that it allows)"),
     "blocks": (3, "number of blocks for a picture; a video has one for each doubling of the resolution"),
@@ -173,20 +169,15 @@ class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
         return {"rate": self.rate, "total_steps": self.total_steps}
 
 
-class Model(keras.Model):
-    """Base of models whose config is the arguments of their constructor, as Keras has it for layers."""
-
-    def __new__(cls, *arguments, **options):
-        return keras.Layer.__new__(cls, *arguments, **options)  # that of keras.Model (3.15) would forget them
-
-
-class GroupTrained(Model):
+class GroupTrained(keras.Model):
     """Base of models with an optimizer for each group of their variables.
 
     A subclass defines score(data, training), which returns the loss of a batch, a scalar, and updates the metrics, and
-    `trackers`, its metrics. `alignment`: 1×1 convolutions that only the training needs."""
+    `trackers`, its metrics. With a teacher, `teach` returns its features, and `alignment` are the 1×1 convolutions that
+    only the training needs (equation 3)."""
 
-    alignment = ()
+    __new__ = keras.Layer.__new__  # makes the constructor's arguments the config; that of keras.Model forgets them
+    alignment, teach = (), None
 
     def variable_groups(self):
         """The variables of each optimizer: the model's own and, if there are any, those of the 1×1 convolutions."""
@@ -530,13 +521,15 @@ def numbers(text, name):
 
 
 @keras.saving.register_keras_serializable("inrn")
-class INRN(Model):
+class INRN(keras.Model):
     """Images (N, H, W, C), `float32` in [-1, 1], of any H and W -> logits (N, num_classes).
 
     The arguments are explained in `HYPERPARAMETERS`. Without a teacher, compile and train it like any Keras model; with
     one, use a `Distiller`. `stage_outputs` returns the features for a detector or a segmentation network. Raises
     ValueError for invalid arguments.
     """
+
+    __new__ = keras.Layer.__new__  # as in `GroupTrained`
 
     def __init__(self, channels=1, num_classes=10, widths="32,64,96,128", blocks="1,3,16,3", stem_stride=1,
                  compression=0.5, activation="gelu", hybrid="interleaved", **kwargs):
@@ -682,8 +675,8 @@ class Distiller(GroupTrained):
     def __init__(self, student, teacher=None, image_shape=None, layers=(), task_weight=1.0, feature_weight=1.0,
                  logits_weight=0.0, temperature=4.0, **kwargs):
         super().__init__(**kwargs)
-        self.student, self.alignment, self.teach = student, [], None
-        self.task_weight, self.feature_weight, self.logits_weight = task_weight, feature_weight, logits_weight
+        self.student, self.task_weight = student, task_weight
+        self.feature_weight, self.logits_weight = feature_weight, logits_weight
         self.cross_entropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         self.trackers = [keras.metrics.Mean(name="loss"), keras.metrics.SparseCategoricalAccuracy(name="accuracy"),
                          keras.metrics.MeanMetricWrapper(top5_accuracy, "top5_accuracy")]
@@ -699,10 +692,10 @@ class Distiller(GroupTrained):
             features = keras.Model(teacher.inputs, [*(target.output for target in matched.values()), *teacher.outputs])
             # In a function, so that Keras does not make the teacher a part of this model.
             self.teach, self.matched = torch.no_grad()(lambda images: features(images, training=False)), [*matched]
-            for stage, target in matched.items():
-                width, target_width = student.widths[int(stage[-1]) - 1], target.output.shape[-1]
-                self.alignment.append(convolution(width, target_width, kernel_size=1, dtype=student.dtype_policy))
-            taught = self.teach(ops.zeros((1, *image_shape)))[-1]
+            *targets, taught = self.teach(ops.zeros((1, *image_shape)))
+            widths = [student.widths[int(stage[-1]) - 1] for stage in matched]
+            self.alignment = [convolution(width, target.shape[-1], kernel_size=1, dtype=student.dtype_policy)
+                              for width, target in zip(widths, targets)]
             # Most Keras classifiers return probabilities, whose logarithms are logits.
             self.probabilities = bool(ops.all(taught >= 0)) and abs(float(ops.sum(taught)) - 1) < 0.02
             # A loss object: Keras 3.15 leaves out the softmax if the loss is given by its name, as by default.
@@ -720,21 +713,18 @@ class Distiller(GroupTrained):
         self.student.compile(self.optimizers[0], self.cross_entropy, metrics=["accuracy", top5_accuracy],
                              jit_compile=False)
 
-    def distillation(self, images):
-        """The student's logits (N, num_classes), and the part of the loss that comes from the teacher: a scalar."""
-        outputs = self.student.stage_outputs(images)
-        logits = self.student.classify(outputs["stage4"])
-        *features, taught = self.teach(images)
-        total = self.feature_weight * feature_loss(self.alignment, [outputs[name] for name in self.matched], features)
-        if self.logits_weight:
-            taught = ops.cast(taught, "float32")
-            taught = ops.log(ops.maximum(taught, 1e-7)) if self.probabilities else taught
-            total = total + self.logits_weight * self.divergence.compute_loss(taught, logits)
-        return logits, total
-
     def score(self, data, training):
         images, labels, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        logits, added = self.distillation(images) if self.teach else (self.student(images, training=training), 0.0)
+        if self.teach:
+            outputs, (*features, taught) = self.student.stage_outputs(images), self.teach(images)
+            logits, outputs = self.student.classify(outputs["stage4"]), [outputs[name] for name in self.matched]
+            added = self.feature_weight * feature_loss(self.alignment, outputs, features)
+            if self.logits_weight:
+                taught = ops.cast(taught, "float32")
+                taught = ops.log(ops.maximum(taught, 1e-7)) if self.probabilities else taught
+                added = added + self.logits_weight * self.divergence.compute_loss(taught, logits)
+        else:
+            logits, added = self.student(images, training=training), 0.0
         loss = self.task_weight * self.cross_entropy(labels, logits, sample_weight) + added
         with torch.no_grad():
             total, accuracy, top5_accuracy, *distillation = self.trackers
@@ -863,15 +853,12 @@ class Detector(GroupTrained):
         names = ["loss", "classifier", "box_reg", *(["mask"] if masks else []), "objectness", "rpn_box_reg"]
         self.trackers = {name: keras.metrics.Mean(name=name) for name in names}
         self.precision = AveragePrecision(masks, name="precision")
-        self.size, self.masks, self.teach, self.alignment = size, masks, None, []
-        self.built = True
+        self.size, self.masks, self.built = size, masks, True
 
     def learn_from(self, teacher, feature_weight=1.0):
-        """From now on the stages learn the pyramid of a teacher too, with this weight (equation 3). Before `compile`.
-
-        teacher: a `Detector`, the path of one, or the name of one of torchvision's, whose weights it downloads; it is
-        not a part of this model. Raises ValueError for others.
-        """
+        """Before `compile`: the stages will also learn the four finest levels of a teacher's pyramid (equation 3).
+        teacher: a `Detector`, the path of one, or the name of one of torchvision's, which is downloaded; it does not
+        become a part of this model. Raises ValueError for others."""
         image = ops.zeros((1, self.size, self.size, 3))
         try:
             if isinstance(teacher, str) and not teacher.endswith(".keras"):
@@ -880,8 +867,8 @@ class Detector(GroupTrained):
             else:
                 model = keras.saving.load_model(teacher, compile=False) if isinstance(teacher, str) else teacher
                 pyramid = lambda images: model.pyramid(model.stages(images))
-            finest = lambda images: [x.permute(0, 2, 3, 1) for x in list(pyramid(images).values())[:4]]
-            self.teach = torch.no_grad()(finest)  # a function: Keras does not make the teacher a part of this model
+            levels = lambda images: [x.permute(0, 2, 3, 1) for x in list(pyramid(images).values())[:4]]
+            self.teach = torch.no_grad()(levels)
             taught, stages = self.teach(image), self.stages(image)
         except Exception as error:  # no network, no such file, no detector: of many types
             raise ValueError(f"cannot load the teacher {teacher} ({type(error).__name__}: {str(error)[:160]}): use "
