@@ -221,11 +221,11 @@ class GroupTrained(keras.Model):
 # ---- The block ----
 
 
-def built(kind, inputs, outputs, initializer=None, **options):
+def built(kind, inputs, outputs, initializer=None, dtype="float32", **options):
     """A Keras layer of class `kind`, built for (N, H, W, inputs). The default initializer is U(±1 / sqrt(fan_in)),
-    a third of the variance that preserves the signal's."""
+    a third of the variance that preserves the signal's; the default dtype is not Keras's global one."""
     initializer = initializer or keras.initializers.VarianceScaling(1 / 3, "fan_in", "uniform")
-    layer = kind(outputs, kernel_initializer=initializer, **options)
+    layer = kind(outputs, kernel_initializer=initializer, dtype=dtype, **options)
     layer.build((None, None, None, inputs))
     return layer
 
@@ -303,13 +303,13 @@ class INReBlock(keras.layers.Layer):
 
 
 class LearnedMaps(keras.layers.Layer):
-    """The embedding of a picture: maps of features (1, h/s, w/s, s channels) for each s in `scales`, sides rounded up,
+    """The embedding of a picture: maps of features (1, h/s, w/s, s channels) for s = 1, 2 and 4, sides rounded up,
     which are learned and interpolated to (h, w). Coarse maps hold what neighbours have in common in few parameters."""
 
-    def __init__(self, height, width, channels, scales, **kwargs):
+    def __init__(self, height, width, channels, **kwargs):
         super().__init__(**kwargs)
         self.maps = [self.add_weight(shape=(1, -(-height // scale), -(-width // scale), scale * channels),
-                                     initializer=keras.initializers.RandomNormal(stddev=0.1)) for scale in scales]
+                                     initializer=keras.initializers.RandomNormal(stddev=0.1)) for scale in (1, 2, 4)]
         self.built = True
 
     def call(self, times):
@@ -330,7 +330,7 @@ class TimeMaps(keras.layers.Layer):
     def call(self, times, features=None):
         steps = self.maps.shape[0] - 1
         distances = ops.abs((times[:, None] + 1) / 2 * steps - ops.arange(steps + 1, dtype="float32"))  # in steps
-        maps = ops.tensordot(ops.relu(1 - distances) if steps else ops.ones_like(distances), self.maps, 1)
+        maps = ops.tensordot(ops.relu(1 - distances), self.maps, 1)
         return maps if features is None else ops.concatenate([features, maps], axis=-1)
 
 
@@ -351,7 +351,6 @@ def single_stage(size, frames, parameters, width, blocks, compression, activatio
     compute the features from sines and cosines of the time; the blocks are 3×3 convolution, GELU and `depth_to_space`,
     and a convolution is the last layer.
     """
-    linear, conv = functools.partial(dense, dtype="float32"), functools.partial(convolution, dtype="float32")
     time = frames > 1
     # Of the first features. For a picture, 7/4 × 2 channels at each of them have half of the parameters.
     positions = min(80, parameters / 2500) if time else parameters / 7
@@ -360,18 +359,18 @@ def single_stage(size, frames, parameters, width, blocks, compression, activatio
     if nerv:
         inputs, shape = 16, (*grid, 16)
         layers = [lambda times: sines_and_cosines(times[:, None] * (math.pi * 1.25 ** ops.arange(16, dtype="float32"))),
-                  linear(32, 32, activation="gelu"), linear(32, math.prod(shape)),
+                  dense(32, 32, activation="gelu"), dense(32, math.prod(shape)),
                   lambda x: ops.reshape(x, (-1, *shape))]
     elif time:
         inputs, layers = 0, []
     else:
         inputs, channels = width, max(1, round(parameters / 3.5 / math.prod(grid)))
-        layers = [LearnedMaps(*grid, channels, (1, 2, 4), dtype="float32"), linear(7 * channels, width)]
+        layers = [LearnedMaps(*grid, channels, dtype="float32"), dense(7 * channels, width)]
     doublings = round(math.log2(cell / patch))
     for number in range(doublings if time else max(blocks, doublings + 1)):
         double, (height, breadth) = number < doublings, (side * 2**number for side in grid)
         if nerv:
-            layers += [conv(inputs, 4 * width, activation="gelu"), lambda x: pixels(x, 2)]
+            layers += [convolution(inputs, 4 * width, activation="gelu"), lambda x: pixels(x, 2)]
         else:
             values = int(parameters / 10 / (height * breadth)) if time else 0  # for each position
             if values:
@@ -381,7 +380,7 @@ def single_stage(size, frames, parameters, width, blocks, compression, activatio
             outputs = 3 if time and number == doublings - 1 else width
             layers.append(INReBlock(inputs, outputs, compression, 1, activation, hybrid, 1 + double, dtype="float32"))
         inputs, width = width, max(math.ceil(compression), round(0.8 * width)) if double else width
-    return layers if time and not nerv else [*layers, (conv if nerv else linear)(inputs, 3 * patch**2)]
+    return layers if time and not nerv else [*layers, (convolution if nerv else dense)(inputs, 3 * patch**2)]
 
 
 def coordinate_network(size, width, siren):
@@ -392,16 +391,15 @@ def coordinate_network(size, width, siren):
         axes = [(ops.arange(side, dtype="float32") + 0.5) * (2 / side) - 1 for side in size]
         return ops.stack(ops.meshgrid(*axes, indexing="ij"), axis=-1)[None]
 
-    layers, inputs = [coordinates], 2
+    layers, widths = [coordinates], [2 if siren else 256, *[width] * 4, 3]
     if not siren:
         layers.append(dense(2, 128, keras.initializers.RandomNormal(stddev=15.0), use_bias=False, trainable=False,
-                            activation=sines_and_cosines, dtype="float32"))
-        inputs = 256
-    for number, (before, after) in enumerate(zip([inputs] + [width] * 4, [width] * 4 + [3])):
+                            activation=sines_and_cosines))
+    for number, (before, after) in enumerate(zip(widths, widths[1:])):
         limit = (6 / before) ** 0.5 / 30 if number else 1 / before
         start = keras.initializers.RandomUniform(-limit, limit) if siren else "he_normal" if number < 4 else None
         activation = None if number == 4 else (lambda x: ops.sin(30.0 * x)) if siren else "relu"
-        layers.append(dense(before, after, start, activation=activation, dtype="float32"))
+        layers.append(dense(before, after, start, activation=activation))
     return layers
 
 
@@ -577,7 +575,8 @@ def residual_cnn(image_shape, num_classes, stem_stride=1, widths=(32, 64, 128, 1
     with widths 16, 32, 64 and 9 blocks it is the ResNet-56 of the literature on CIFAR."""
 
     def conv(x, filters, size=3, stride=1):
-        x = convolution(x.shape[-1], filters, "he_normal", kernel_size=size, strides=stride, use_bias=False)(x)
+        x = convolution(x.shape[-1], filters, "he_normal", kernel_size=size, strides=stride, use_bias=False,
+                        dtype=keras.config.dtype_policy())(x)
         return keras.layers.BatchNormalization()(x)
 
     inputs = keras.Input(image_shape)
@@ -661,9 +660,8 @@ def top5_accuracy(labels, logits):
 class Distiller(GroupTrained):
     """Trains a student: an INRN or, without a teacher, any Keras classifier. `save` saves the student alone.
 
-    The loss is lambda_1 CE + lambda_2 sum over stages of MSE(1×1 convolution of O_s, standardized O_t) (equations 3, 4)
-    and, if logits_weight is above 0, the divergence from the teacher's probabilities at a temperature (Hinton et al.,
-    2015). Outputs of other resolutions than the teacher's are interpolated.
+    The loss is lambda_1 CE + lambda_2 `feature_loss` (equation 4) and, if logits_weight is above 0, the divergence from
+    the teacher's probabilities at a temperature (Hinton et al., 2015).
 
     teacher: a functional or sequential Keras classifier for images of image_shape (H, W, C) in [-1, 1], which returns
     logits or probabilities, or features if logits_weight is 0; it is frozen. None: the loss is the cross-entropy alone.
@@ -833,12 +831,12 @@ class Detector(GroupTrained):
         pyramid = FeaturePyramidNetwork(widths, pyramid_width, feature_pyramid_network.LastLevelMaxPool())
         pyramid.out_channels = pyramid_width
         sides, ratios = [(anchor_size * 2**i,) for i in range(5)], [(0.5, 1.0, 2.0)] * 5
-        heads = dict(box_head=detection.faster_rcnn.TwoMLPHead(49 * pyramid_width, head_width),
-                     box_predictor=detection.faster_rcnn.FastRCNNPredictor(head_width, num_classes + 1))
+        outputs, width = num_classes + 1, pyramid_width  # class 0 is the background
+        heads = dict(box_head=detection.faster_rcnn.TwoMLPHead(49 * width, head_width),
+                     box_predictor=detection.faster_rcnn.FastRCNNPredictor(head_width, outputs))
         if masks:
-            heads |= dict(mask_head=detection.mask_rcnn.MaskRCNNHeads(pyramid_width, [pyramid_width] * 4, 1),
-                          mask_predictor=detection.mask_rcnn.MaskRCNNPredictor(pyramid_width, pyramid_width,
-                                                                               num_classes + 1))
+            heads |= dict(mask_head=detection.mask_rcnn.MaskRCNNHeads(width, [width] * 4, 1),
+                          mask_predictor=detection.mask_rcnn.MaskRCNNPredictor(width, width, outputs))
         counts = {f"rpn_{when}_nms_top_n_{mode}": proposals for when in ("pre", "post") for mode in ("train", "test")}
         rcnn = (detection.MaskRCNN if masks else detection.FasterRCNN)(
             pyramid, rpn_anchor_generator=detection.anchor_utils.AnchorGenerator(sides, ratios), min_size=size,
@@ -876,8 +874,7 @@ class Detector(GroupTrained):
         if [x.shape[1:3] for x in taught] != [x.shape[1:3] for x in stages]:
             raise ValueError("the levels of the teacher's pyramid must have the resolutions of the four stages")
         self.feature_weight, self.trackers["distillation"] = feature_weight, keras.metrics.Mean(name="distillation")
-        self.alignment = [convolution(x.shape[-1], features.shape[-1], kernel_size=1, dtype="float32")
-                          for x, features in zip(stages, taught)]
+        self.alignment = [convolution(x.shape[-1], y.shape[-1], kernel_size=1) for x, y in zip(stages, taught)]
 
     def stages(self, images):
         """Outputs of the backbone's stages: [(N, H/s, W/s, D1), …, (N, H/8s, W/8s, D4)]; s is 4 for a ResNet."""
@@ -899,9 +896,9 @@ class Detector(GroupTrained):
         pyramid = self.pyramid(stages)
         regions, losses = rcnn.rpn(images, pyramid, targets)
         found, more = rcnn.roi_heads(pyramid, regions, images.image_sizes, targets)
-        losses = {name.removeprefix("loss_"): loss for name, loss in (losses | more).items()}
         if targets is None:
             return rcnn.transform.postprocess(found, images.image_sizes, sizes)
+        losses = {name.removeprefix("loss_"): loss for name, loss in (losses | more).items()}
         if self.teach:
             losses["distillation"] = self.feature_weight * feature_loss(self.alignment, stages, self.teach(scaled))
         return losses
@@ -975,7 +972,7 @@ def build(options, dataset, steps_per_epoch):
 
 def report(models, images, labels, class_names, finer):
     """Figure "stages": images, their predicted classes, and the strength of each stage's output (its root mean square
-    over channels), from black where it is weakest to white where it is strongest. Returns no further results."""
+    over channels), from black where it is weakest to white where it is strongest."""
     model, images = models["inrn"], images[:8]
     with torch.no_grad():
         outputs = model.stage_outputs(ops.convert_to_tensor(images))
@@ -1005,7 +1002,7 @@ def build_fits(options, dataset, steps_per_epoch):
 
 
 def report_fits(models, frames, times, class_names, finer):
-    """Figure "fit": frames, the models' frames and their errors. Returns no further results."""
+    """Figure "fit": frames, the models' frames and their errors."""
     rows = []
     for frame, time in zip(frames, times):
         pictures, errors = [(frame, "ground truth")], [(0 * frame - 1, "error\nwhite: 10 %")]
@@ -1037,7 +1034,7 @@ def likely_objects(model, image):
 
 
 def report_detections(models, images, labels, class_names, finer):
-    """Figure "detections": images with their likely objects, and with the true ones. Returns no further results."""
+    """Figure "detections": images with their likely objects, and with the true ones."""
     from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
     def draw(image, objects):
