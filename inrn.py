@@ -18,18 +18,18 @@ layers of a teacher (equations 2 to 4).
     t         (N,)           times of the frames of a video, from -1 to 1
     O_s O_t   (N, h, w, D)   outputs of one stage of the student, of one layer of the teacher
 
-The paper shows the inside of a block only in a figure, which its text does not describe. Our reading: the two layers of
-the MLP map D to D/c and back, and the 3×3 convolution is placed where the block is narrow: between the layers if c is
-above 1, before them if c is below 1. In a sequence of blocks, convolution, expanding layer and compressing layer then
-have the same order for every c. The parameter counts of Table 2 (millions, flat and with c) support this reading:
+The paper shows the inside of a block only in a figure. Our reading: the two layers of the MLP map D to D/c and back,
+and the 3×3 convolution is placed where the block is narrow: between the layers if c is above 1, before them if c is
+below 1. In a sequence of blocks, convolution, expanding layer and compressing layer then have the same order for every
+c. The parameter counts of Table 2 (millions, flat and with c) support this reading:
 
     size, c       paper             ours              ours, if c acted on the MLP alone
     S, 0.5        2.5    2.86       2.51   2.86       2.51   2.86
     M, 2          14     5.7        14.1   5.7        14.1   12.4
     L, 2          57     21         57.0   20.9       57.0   49.4
 
-Halving the MLP's hidden width removes only a tenth of a block (11 D² to 10 D²); going from 14 to 5.7 million requires a
-narrower convolution. The strided convolutions in the shortcuts of the stages' first blocks keep their full width.
+Halving the MLP's hidden width removes only a tenth of a block (11 D² to 10 D²); 5.7 million require a narrower
+convolution. The strided convolutions in the shortcuts of the stages' first blocks keep their full width.
 
 Example:
 
@@ -915,7 +915,7 @@ class Detector(GroupTrained):
         seed, step = self.seeds.next().tolist()
         torch.manual_seed(2**32 * seed + step)  # torchvision samples regions by PyTorch's own generator
         losses = self.detect(images, unpad(targets | {"labels": targets["labels"] + 1}, chosen))  # 0: the background
-        losses = {"loss": sum(losses.values()), **losses}
+        losses["loss"] = sum(losses.values())
         with torch.no_grad():
             for name, value in losses.items():
                 self.trackers[name].update_state(value)
@@ -924,7 +924,7 @@ class Detector(GroupTrained):
     def test_step(self, data):
         images, targets, _ = keras.utils.unpack_x_y_sample_weight(data)
         found, there = self(images), unpad(targets, targets["labels"] >= 0)
-        for one in [*found, *there] if self.masks else ():
+        for one in found + there if self.masks else ():
             one["masks"] = one["masks"] > 0.5
         self.precision.update_state([one | {"iscrowd": one["crowd"]} for one in there], found)
         return dict.fromkeys(self.precision.names, 0.0)  # Keras asks for the metrics after the last batch
