@@ -29,6 +29,18 @@ class DataError(ValueError):
     """The data is unavailable or unsuitable; the message is one line that says what to do."""
 
 
+@contextlib.contextmanager
+def explained(problem, advice=""):
+    """Turns an exception of any type into a DataError with the problem, the exception, and the advice."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        cause = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        raise DataError(f"{problem} ({cause})" + (advice and f": {advice}")) from error
+
+
 class Split:
     """The examples of one split. They are read when they are used, and kept while there is room for them in memory.
 
@@ -141,11 +153,9 @@ def load_objects(name, data_dir=None, image_size=None, seed=0, points=None, squa
     image_size: default 128 for scenes; COCO needs one. masks: whether the labels contain them, see `Objects`. Ignores
     the other arguments but seed. Raises DataError for other names, and as `open_coco` does.
     """
-    try:
+    with explained("objects in images need pycocotools",
+                   "pip install torchvision==0.28.0 torchmetrics==1.9.0 pycocotools==2.0.11"):
         import pycocotools.coco
-    except ImportError as error:
-        raise DataError("objects in images need pycocotools: pip install torchvision==0.28.0 torchmetrics==1.9.0 "
-                        "pycocotools==2.0.11") from error
     if name == "scenes":
         size, names = image_size or 128, SHAPES
         splits = [Objects(count, lambda indices, first=first: scenes(first + indices, size, seed, masks))
@@ -311,8 +321,9 @@ NO_FLIP = {"mnist", "emnist", "kmnist", "binarized_mnist", "svhn_cropped", "omni
 
 @functools.lru_cache(maxsize=1)  # the runs of an ablation share the images
 def _load_tfds(name, data_dir, image_size, squash):
-    import absl.logging
-    import tensorflow_datasets as tfds  # imported here, because `shapes` and `--help` do not need it
+    import absl.logging  # imported here, because `shapes` and `--help` do not need them
+    import requests  # what TFDS downloads with
+    import tensorflow_datasets as tfds
 
     absl.logging.set_verbosity(absl.logging.ERROR)  # no advice to install OpenCV
     try:
@@ -333,7 +344,12 @@ def _load_tfds(name, data_dir, image_size, squash):
     if image_size is None and None in (height, width):
         raise DataError(f"the images of {name} differ in size: set one size for all, for example --image-size 64")
     if not builder.is_prepared():
-        _prepare(builder, data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+        folder = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+        with explained(f"{name} is not prepared in {folder} and could not be downloaded", "set --data-dir or "
+                       "TFDS_DATA_DIR to a folder that holds it, or use --dataset shapes"):
+            if builder.url_infos and not builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
+                requests.head(next(iter(builder.url_infos)), timeout=5)  # TFDS retries an unreachable host for minutes
+            builder.download_and_prepare()
     splits = builder.info.splits
     test = "test" if "test" in splits else "validation"
     if not {"train", test} <= {*splits}:
@@ -341,20 +357,6 @@ def _load_tfds(name, data_dir, image_size, squash):
     parts = [Split(splits[part].num_examples, _reader(builder, part, image_size, squash)) for part in ("train", test)]
     return Dataset(*parts, (image_size or height, image_size or width, channels), tuple(features["label"].names),
                    flip=builder.name not in NO_FLIP)
-
-
-def _prepare(builder, folder):
-    """Downloads and prepares a dataset. Raises DataError if that fails, at once if there is no network."""
-    import requests  # what TFDS downloads with
-
-    try:
-        if builder.url_infos and not builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
-            requests.head(next(iter(builder.url_infos)), timeout=5)  # TFDS retries an unreachable host for minutes
-        builder.download_and_prepare()
-    except Exception as error:  # network, disk, checksum, files to be downloaded by hand, …
-        raise DataError(f"{builder.name} is not prepared in {folder} and could not be downloaded "
-                        f"({type(error).__name__}: {' '.join(str(error).split())[:120]}): set --data-dir or "
-                        "TFDS_DATA_DIR to a folder that holds it, or use --dataset shapes") from error
 
 
 def _reader(builder, split, image_size, squash):
@@ -372,15 +374,14 @@ def _reader(builder, split, image_size, squash):
 
     def read(indices):
         try:  # __getitems__ decodes many examples together in half the time
-            examples = ([finish(example) for example in source().__getitems__(indices.tolist())] if random_access else
-                        [source()[index] for index in indices])
-        except Exception as error:  # of many types
-            if len(indices) > 1:  # find the example
-                return map(np.concatenate, zip(*[read(indices[i:i + 1]) for i in range(len(indices))]))
-            raise DataError(f"cannot read example {indices[0]} of the split {split!r} in {builder.data_path}: restore "
-                            f"its files, or prepare it again ({type(error).__name__}: "
-                            f"{' '.join(str(error).split())[:200]})") from error
-        images, labels = zip(*examples)
+            examples = source().__getitems__(indices.tolist()) if random_access else [source()[i] for i in indices]
+        except Exception:  # one at a time, to find the broken one
+            examples = []
+            for index in indices:
+                with explained(f"cannot read example {index} of the split {split!r} in {builder.data_path}",
+                               "restore its files, or prepare it again"):
+                    examples.append(source()[index])
+        images, labels = zip(*map(finish, examples) if random_access else examples)
         if min(labels) < 0:
             raise DataError(f"the split {split!r} of {builder.name} has no labels")
         return np.stack(images), np.array(labels, np.int64)
@@ -468,7 +469,7 @@ def open_coco(folder, part, size, masks):
         if not os.path.exists(path):
             raise DataError(f"{path} is missing: set --data-dir to the folder of COCO 2017 with annotations, train2017 "
                             "and val2017 (https://cocodataset.org)")
-    try:
+    with explained(f"cannot use {file}", "restore it and its images"):
         with contextlib.redirect_stdout(io.StringIO()):
             index = coco.COCO(file)
         annotations, known = index.dataset["annotations"], index.imgs.keys()
@@ -488,9 +489,6 @@ def open_coco(folder, part, size, masks):
                   if part == "val2017" or any(not one["iscrowd"] for one in objects[image])]
         if not images:
             raise ValueError("there are no images with objects")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"cannot use {file} ({type(error).__name__}: {' '.join(str(error).split())[:120]}): restore it "
-                        "and its images") from error
     dropped = len(annotations) - sum(map(len, objects.values()))
 
     def read(indices):
@@ -543,18 +541,14 @@ def _open(path, mode, longest=2**31, turn=True):
     """A Pillow image, read from a file of any size and mode, and scaled down if a side exceeds `longest`. Transparent
     parts become black, the background of most datasets. Raises DataError for unreadable and incomplete files."""
     Image.MAX_IMAGE_PIXELS = None  # no limit: the file is the user's own
-    try:
-        with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file) if turn else file
-            if picture.mode.startswith("I"):  # 16 bits; Pillow's own conversion clips them
-                picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
-            elif picture.has_transparency_data:
-                picture = picture.convert("RGBA")
-                picture = Image.alpha_composite(Image.new("RGBA", picture.size, (0, 0, 0, 255)), picture)
-            picture = picture.convert(mode)  # decodes all of the file
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, …
-        raise DataError(f"cannot read {path} as an image ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
-                        ) from error
+    with explained(f"cannot read {path} as an image"), Image.open(path) as file:
+        picture = ImageOps.exif_transpose(file) if turn else file
+        if picture.mode.startswith("I"):  # 16 bits; Pillow's own conversion clips them
+            picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
+        elif picture.has_transparency_data:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, (0, 0, 0, 255)), picture)
+        picture = picture.convert(mode)  # decodes all of the file
     picture.thumbnail((longest, longest))
     return picture
 
@@ -701,7 +695,7 @@ def read_off(path):
     The counts may follow "OFF" at once; comments and colours are ignored. Raises DataError for unreadable, incomplete
     and other files, for coordinates that are not finite, and for a mesh without area.
     """
-    try:
+    with explained(f"cannot read {path} as a mesh in the Object File Format"):
         with open(path, encoding="ascii", errors="replace") as file:
             text = file.read()
         if not text.startswith("OFF"):
@@ -717,9 +711,6 @@ def read_off(path):
         if not (np.isfinite(vertices).all() and 0 <= triangles.min() and _areas(vertices, triangles).sum() > 0):
             raise ValueError("a coordinate is not finite, a corner is not a vertex, or there is no area")
         return vertices, triangles
-    except (OSError, ValueError, IndexError) as error:
-        raise DataError(f"cannot read {path} as a mesh in the Object File Format: {' '.join(str(error).split())[:120]}"
-                        ) from error
 
 
 def _areas(vertices, triangles):
@@ -744,15 +735,13 @@ def _read_meshes(folder, *paths):
     if not os.path.exists(cache):
         gc.freeze()  # otherwise the garbage collector searches all of Keras's objects, for half of the time
         progress = keras.utils.Progbar(len(paths), interval=0.2 if sys.stdout.isatty() else 30, unit_name="mesh")
-        try:
-            with tempfile.TemporaryDirectory(dir=folder) as temporary:
-                with open(os.path.join(temporary, "points"), "wb") as file:
-                    for count, path in enumerate(paths, 1):
-                        file.write(mesh_points(*read_off(os.path.join(folder, path))).tobytes())
-                        progress.update(count)
-                os.replace(file.name, cache)
-        except OSError as error:
-            raise DataError(f"cannot write {cache} ({error.strerror}): {len(paths) * 197e-6:.2f} GB needed") from error
+        with (explained(f"cannot write {cache}", f"{len(paths) * 197e-6:.2f} GB needed"),
+              tempfile.TemporaryDirectory(dir=folder) as temporary):
+            with open(os.path.join(temporary, "points"), "wb") as file:
+                for count, path in enumerate(paths, 1):
+                    file.write(mesh_points(*read_off(os.path.join(folder, path))).tobytes())
+                    progress.update(count)
+            os.replace(file.name, cache)
     return np.memmap(cache, np.int16, "r", shape=(len(paths), POINTS, 3))
 
 
