@@ -14,6 +14,7 @@ import gc
 import glob
 import hashlib
 import io
+import itertools
 import os
 import sys
 import tempfile
@@ -22,6 +23,7 @@ os.environ.setdefault("KERAS_BACKEND", "torch")
 
 import keras
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 
 
@@ -45,13 +47,13 @@ class Split:
     """The examples of one split. They are read when they are used, and kept while there is room for them in memory.
 
     read: (n,) indices -> images `uint8` (n, H, W, C) and labels (n,). count: number of examples in one pass; if it
-    exceeds `distinct`, the number of different ones, they repeat.
+    exceeds `distinct`, the number of different ones, they repeat. first: index for `read` of the first example.
     """
 
     room = 2**30  # bytes of images that a split keeps
 
-    def __init__(self, count, read, distinct=None):
-        self.count, self.read, self.distinct, self.kept = count, read, distinct or count, {}
+    def __init__(self, count, read, distinct=None, first=0):
+        self.count, self.read, self.distinct, self.first, self.kept = count, read, distinct or count, first, {}
 
     def __len__(self):
         return self.count
@@ -61,7 +63,7 @@ class Split:
         indices = (np.asarray(indices) % self.distinct).tolist()
         found = {index: self.kept[index] for index in indices if index in self.kept}
         if missing := [index for index in dict.fromkeys(indices) if index not in found]:
-            images, labels = self.read(np.array(missing))
+            images, labels = self.read(self.first + np.array(missing))
             new = dict(zip(missing, zip(images, labels)))
             found |= new
             if images.nbytes <= self.room:
@@ -117,30 +119,42 @@ def load(name, data_dir=None, image_size=None, seed=0, points=None, squash=False
     if name != "shapes":
         return _load_tfds(name, data_dir, image_size, squash)
     size = image_size or 28
-    return Dataset(Split(10_000, lambda indices: shapes(indices, size, seed=seed)),
-                   Split(2_000, lambda indices: shapes(10_000 + indices, size, seed=seed)), (size, size, 1), SHAPES,
-                   flip=True, finer=lambda count, by: scale(shapes(range(10_000, 10_000 + count), by * size, seed=seed)[0]))
+    read = lambda indices, factor=1: shapes(indices, factor * size, seed=seed)
+    finer = lambda count, factor: scale(read(range(10_000, 10_000 + count), factor)[0])
+    return Dataset(Split(10_000, read), Split(2_000, read, first=10_000), (size, size, 1), SHAPES, True, finer=finer)
 
 
 def load_frames(name, data_dir=None, image_size=None, seed=0, points=None, squash=False):
     """Loads a picture or a video to fit: the images of the Dataset are frames (H, W, 3), the labels are their times,
     from -1 to 1 (0 for a picture). All splits hold the same frames; a training epoch has at least 200.
 
-    name: an image file, a folder of image files, "shapes" (a picture of sixteen shapes) or "shapes-video". image_size:
-    the longest side, to which larger pictures are scaled down (default: 320; "shapes-video": 64). Ignores the other
-    arguments but seed. Raises DataError as `open_frames` does.
+    name: an image file, a folder of image files in the order of their names, "shapes" (a picture of sixteen shapes) or
+    "shapes-video". image_size: the longest side, to which larger pictures are scaled down (default: 320;
+    "shapes-video": 64). Ignores the other arguments but seed. Frames are read when they are used, and once before, to
+    compare their sizes. Raises DataError for no images, incomplete images and images of different sizes.
     """
     if name in ("shapes", "shapes-video"):
         video = name == "shapes-video"
         frames = shapes_video(image_size or 64, seed=seed) if video else shapes_mosaic(image_size or 320, seed)[None]
-        count, shape, read = len(frames), frames.shape[1:], frames.__getitem__
+        count, read = len(frames), frames.__getitem__
     else:
-        count, shape, read = open_frames(name, image_size or 320)
-    times = np.linspace(-1, 1, count, dtype=np.float32) if count > 1 else np.zeros(1, np.float32)
+        paths = [name]
+        if os.path.isdir(name):
+            paths = [os.path.join(name, file) for file in sorted(glob.glob("*", root_dir=name))
+                     if os.path.splitext(file)[1].lower() in Image.registered_extensions()]
+        if not paths:
+            raise DataError(f"{name} has no image files: use the folder that holds the frames of a video")
+        sizes = {_open(path, "RGB", image_size or 320).size: path for path in paths}
+        if len(sizes) > 1:
+            found = ", ".join(f"{path} is {width}×{height}" for (width, height), path in [*sizes.items()][:2])
+            raise DataError(f"frames differ in size: {found}: use the frames of one video")
+        count = len(paths)
+        read = lambda indices: np.stack([_open(paths[index], "RGB", image_size or 320) for index in indices])
+    times = np.linspace(-1 if count > 1 else 0, 1, count, dtype=np.float32)
     every = Split(count, lambda indices: (read(indices), times[indices]))
     train = Split(count * -(-200 // count), every.read, count)
     train.kept = every.kept
-    return Dataset(train, every, shape, validation=every)
+    return Dataset(train, every, read(np.arange(1)).shape[1:], validation=every)
 
 
 SCENES = 10_000, 500  # for training and for testing
@@ -158,8 +172,8 @@ def load_objects(name, data_dir=None, image_size=None, seed=0, points=None, squa
         import pycocotools.coco
     if name == "scenes":
         size, names = image_size or 128, SHAPES
-        splits = [Objects(count, lambda indices, first=first: scenes(first + indices, size, seed, masks))
-                  for first, count in zip((0, SCENES[0]), SCENES)]
+        read = lambda indices: scenes(indices, size, seed, masks)
+        splits = Objects(SCENES[0], read), Objects(SCENES[1], read, first=SCENES[0])
     elif name == "coco":
         if not image_size:
             raise DataError("the images of coco differ in size: set one size for all, for example --image-size 640")
@@ -250,7 +264,7 @@ def scenes(indices, size=128, seed=0, masks=False):
         image += free[:, :, None] * (below * ramp + above * (1 - ramp))
         images.append(np.rint(255 * image).astype(np.uint8))
         boxes = [Image.fromarray(mask).getbbox() for mask in visible]
-        targets.append(_target(boxes, labels, [0] * len(labels), visible if masks else None))
+        targets.append(_target(size, boxes, labels, [0] * len(labels), visible if masks else None))
     return np.stack(images), targets
 
 
@@ -397,36 +411,31 @@ class Objects(Split):
     objects: boxes `float32` (n, M, 4), left, top, right and bottom in pixels; labels (n, M), -1 where there is no
     object; crowd (n, M), 1 for a region of several objects; and, where they are read, masks `uint8` (n, M, H, W).
 
-    read: indices -> square images `uint8`, and for each a dict of arrays of its own objects, with masks as run lengths
-    of pycocotools.
+    read: indices -> square images `uint8`, and for each a dict of arrays of its own objects, with packed masks: a byte
+    has eight pixels of a row.
     """
 
     def examples(self, indices, rng=None, augmented=False, flip=False, share=slice(None)):
         """With augmented, images with their padding are scaled by 0.1 to 2, cropped or padded, and with `flip`
         mirrored, like in the large-scale jittering of torchvision's reference recipes (Ghiasi et al., CVPR 2021)."""
-        from pycocotools import mask
-
         images, targets = self[indices[share]]
-        targets = [target | ({"masks": np.array([mask.decode(one) for one in target["masks"]], np.uint8).reshape(
-            -1, *images.shape[1:3])} if "masks" in target else {}) for target in targets]
+        if "masks" in targets[0]:
+            targets = [target | {"masks": np.unpackbits(target["masks"], axis=-1, count=images.shape[2])}
+                       for target in targets]
         if augmented:
             draws = rng.random((len(indices), 4))[share]
             images, targets = zip(*[_jitter(*one, flip) for one in zip(images, targets, draws)])
-        most = max(1, *(len(target["labels"]) for target in targets))
-        labels = {name: np.stack([np.concatenate([target[name], np.full((most - len(target[name]), *values.shape[1:]),
-                                                                        -1 if name == "labels" else 0, values.dtype)])
-                                  for target in targets]) for name, values in targets[0].items()}
+        labels = {name: torch.nn.utils.rnn.pad_sequence([torch.tensor(target[name]) for target in targets], True,
+                                                        -1 if name == "labels" else 0).numpy() for name in targets[0]}
         return scale(np.stack(images)), labels
 
 
-def _target(boxes, labels, crowd, masks):
-    """One example's target as `Objects` reads it. masks: (H, W) each, or None."""
-    from pycocotools import mask
-
+def _target(size, boxes, labels, crowd, masks=None):
+    """One example's target as `Objects` reads it. masks: arrays (size, size) of 0 and 1."""
     target = {"boxes": np.array(boxes, np.float32).reshape(-1, 4), "labels": np.array(labels, np.int64),
               "crowd": np.array(crowd, np.int64)}
     if masks is not None:
-        target["masks"] = [mask.encode(np.asfortranarray(one, np.uint8)) for one in masks]
+        target["masks"] = np.packbits(np.array(masks, bool).reshape(-1, size, size), axis=-1)
     return target
 
 
@@ -452,59 +461,52 @@ def _jitter(image, target, draw, flip):
     return place(image, Image.BILINEAR, (128,) * 3), {name: values[kept] for name, values in target.items()}
 
 
-def _fit_into(picture, size, fill=(128,) * 3):
-    """A Pillow image, scaled to fit into size × size and padded, with grey or the given value: (size, size, …)."""
-    method = Image.BILINEAR if picture.mode == "RGB" else Image.NEAREST
-    return np.asarray(ImageOps.pad(picture, (size, size), method, fill, centering=(0, 0)))
-
-
 def open_coco(folder, part, size, masks):
     """The `Objects` of a part of COCO 2017, "train2017" or "val2017", as its folder is downloaded, the names of its
     classes, and the number of boxes without area, which are left out. So are training images without objects. Raises
     DataError for missing files, unreadable annotations, and annotations of unknown images or classes."""
     from pycocotools import coco
 
-    file = os.path.join(folder, "annotations", f"instances_{part}.json")
-    for path in (file, os.path.join(folder, part)):
-        if not os.path.exists(path):
-            raise DataError(f"{path} is missing: set --data-dir to the folder of COCO 2017 with annotations, train2017 "
-                            "and val2017 (https://cocodataset.org)")
-    with explained(f"cannot use {file}", "restore it and its images"):
+    file, pictures = os.path.join(folder, "annotations", f"instances_{part}.json"), os.path.join(folder, part)
+    with explained(f"cannot use {file}", "set --data-dir to the folder of COCO 2017 with annotations, train2017 and "
+                   "val2017 (https://cocodataset.org)"):
         with contextlib.redirect_stdout(io.StringIO()):
             index = coco.COCO(file)
-        annotations, known = index.dataset["annotations"], index.imgs.keys()
+        if absent := {image["file_name"] for image in index.imgs.values()} - {*os.listdir(pictures)}:
+            raise ValueError(f"{len(absent)} images, such as {min(absent)}, are not in {part}")
         numbers = {number: i for i, number in enumerate(sorted(index.cats))}
-        names, files = [index.cats[number]["name"] for number in numbers], {*os.listdir(os.path.join(folder, part))}
-        for one in annotations:
-            if one["image_id"] not in known or one["category_id"] not in numbers:
+        names = [index.cats[number]["name"] for number in numbers]
+        for one in index.dataset["annotations"]:
+            if not (one["image_id"] in index.imgs and one["category_id"] in numbers and one["iscrowd"] in (0, 1)
+                    and (one["segmentation"] or not masks)):
                 raise ValueError(f"annotation {one['id']} is of image {one['image_id']} and category "
-                                 f"{one['category_id']}, which are not both listed")
-            if one["iscrowd"] not in (0, 1) or masks and not one["segmentation"]:
-                raise ValueError(f"annotation {one['id']} has no mask, or an iscrowd other than 0 and 1")
-        sides = {image: np.array([index.imgs[image][side] for side in ("width", "height")]) for image in known}
-        if absent := [image["file_name"] for image in index.imgs.values() if image["file_name"] not in files]:
-            raise ValueError(f"{len(absent)} images, such as {absent[0]}, are not in {part}")
-        objects = {image: [one for one in index.imgToAnns[image] if min(one["bbox"][2:]) > 0] for image in known}
-        images = [image for image in sorted(known)
+                                 f"{one['category_id']}, which are not both listed, or its mask or iscrowd is invalid")
+        objects = {image: [one for one in index.imgToAnns[image] if min(one["bbox"][2:]) > 0] for image in index.imgs}
+        images = [image for image in sorted(objects)
                   if part == "val2017" or any(not one["iscrowd"] for one in objects[image])]
         if not images:
             raise ValueError("there are no images with objects")
-    dropped = len(annotations) - sum(map(len, objects.values()))
+
+    def pad(picture, *fill):
+        """A Pillow image, scaled to fit into size × size and padded on the right or at the bottom."""
+        return np.asarray(ImageOps.pad(picture, (size, size), *fill, centering=(0, 0)))
 
     def read(indices):
-        pictures, targets = [], []
+        padded, targets = [], []
         for image in [images[index] for index in indices]:
-            file, found = os.path.join(folder, part, index.imgs[image]["file_name"]), objects[image]
-            pictures.append(_fit_into(_open(file, "RGB", turn=False), size))
+            found = objects[image]
+            picture = _open(os.path.join(pictures, index.imgs[image]["file_name"]), "RGB", turn=False)
+            padded.append(pad(picture, Image.BILINEAR, (128,) * 3))
             boxes = np.array([one["bbox"] for one in found], float).reshape(-1, 2, 2)
             boxes[:, 1] += boxes[:, 0]
-            boxes *= np.rint(size * sides[image] / sides[image].max()) / sides[image]
-            scaled = [_fit_into(Image.fromarray(index.annToMask(one)), size, 0) for one in found] if masks else None
-            targets.append(_target(boxes, [numbers[one["category_id"]] for one in found],
-                                   [one["iscrowd"] for one in found], scaled))
-        return np.stack(pictures), targets
+            sides = np.array(picture.size)
+            boxes *= np.rint(size * sides / sides.max()) / sides
+            drawn = [pad(Image.fromarray(index.annToMask(one)), Image.NEAREST) for one in found] if masks else None
+            targets.append(_target(size, boxes, [numbers[one["category_id"]] for one in found],
+                                   [one["iscrowd"] for one in found], drawn))
+        return np.stack(padded), targets
 
-    return Objects(len(images), read), names, dropped
+    return Objects(len(images), read), names, len(index.anns) - sum(map(len, objects.values()))
 
 
 # ---- Image files ----
@@ -515,26 +517,6 @@ def _cover(picture, height, width, squash):
     resize = Image.Image.resize if squash else ImageOps.fit
     picture = resize(picture, (width, height), Image.BILINEAR if squash else Image.BICUBIC)
     return np.asarray(picture).reshape(height, width, -1)
-
-
-def open_frames(path, longest):
-    """An image file, or a folder's image files in the order of their names, as a video: number of frames, their shape
-    (H, W, 3), and a function from indices (n,) to frames `uint8` (n, H, W, 3), which reads them from the files. They
-    are scaled down if a side exceeds `longest`. Reads every file at first, to compare their sizes. Raises DataError for
-    no images, incomplete images and images of different sizes."""
-    paths = [path]
-    if os.path.isdir(path):
-        paths = sorted(file for file in glob.glob(os.path.join(glob.escape(path), "*"))
-                       if os.path.splitext(file)[1].lower() in Image.registered_extensions())
-    if not paths:
-        raise DataError(f"{path} has no image files: use the folder that holds the frames of a video")
-    read = lambda file: np.asarray(_open(file, "RGB", longest))
-    shapes = [read(file).shape for file in paths]
-    for file, shape in zip(paths, shapes):
-        if shape != shapes[0]:
-            raise DataError(f"frames differ in size: {paths[0]} is {shapes[0][1]}×{shapes[0][0]}, {file} "
-                            f"{shape[1]}×{shape[0]}: use the frames of one video")
-    return len(paths), shapes[0], lambda indices: np.stack([read(paths[index]) for index in indices])
 
 
 def _open(path, mode, longest=2**31, turn=True):
@@ -567,8 +549,8 @@ class Surfaces(Split):
     of the augmented surface if rng is given. sizes: (sets, P) in training, and (sets, P) otherwise.
     """
 
-    def __init__(self, count, read, measure, sizes):
-        super().__init__(count, read)
+    def __init__(self, count, read, measure, sizes, first=0):
+        super().__init__(count, read, first=first)
         self.measure, self.sizes = measure, sizes
 
     def examples(self, indices, rng=None, augmented=False, flip=False, share=slice(None)):
@@ -601,20 +583,19 @@ def load_surfaces(name, data_dir=None, image_size=None, seed=0, points=None):
         raise DataError(f"{name} has surfaces, not images: remove --image-size, and use --method mwt")
     sizes = [(sets, max(1, int(fraction * (1024 if name == "solids" else POINTS)))) for sets, fraction in points]
     if name == "solids":
-        train, test = (Surfaces(count, lambda i, first=first: solids(first + i, seed), solid_distances, sizes)
-                       for first, count in ((0, 30_000), (30_000, 2_000)))
-        return Dataset(train, test, (*sizes[1], 1), SOLIDS, finer=test.volumes, axes=3)
-    folder = data_dir or "."
-    parts = [sorted(glob.glob(os.path.join(glob.escape(folder), "*", split, "*.off"))) for split in ("train", "test")]
-    paths = [os.path.relpath(path, folder) for path in sum(parts, [])]
-    names = sorted({path.split(os.sep)[0] for path in paths})
-    if not all(parts):
-        raise DataError(f"{folder} has no files CLASS/{{train,test}}/*.off: set --data-dir to the folder of {name} "
-                        "from https://modelnet.cs.princeton.edu")
-    labels, meshes = np.array([names.index(path.split(os.sep)[0]) for path in paths]), functools.cache(_read_meshes)
-    train, test = (Surfaces(len(part), lambda i, first=first: (meshes(folder, *paths)[first + i], labels[first + i]),
-                            point_distances, sizes) for first, part in zip((0, len(parts[0])), parts))
-    return Dataset(train, test, (*sizes[1], 1), tuple(names), finer=test.volumes, axes=3)
+        read, measure, counts, names = lambda indices: solids(indices, seed), solid_distances, (30_000, 2_000), SOLIDS
+    else:
+        folder = data_dir or "."
+        parts = [sorted(glob.glob(os.path.join("*", split, "*.off"), root_dir=folder)) for split in ("train", "test")]
+        if not all(parts):
+            raise DataError(f"{folder} has no files CLASS/{{train,test}}/*.off: set --data-dir to the folder of {name} "
+                            "from https://modelnet.cs.princeton.edu")
+        paths, counts = sum(parts, []), [*map(len, parts)]
+        names, labels = np.unique([path.split(os.sep)[0] for path in paths], return_inverse=True)
+        meshes = functools.cache(lambda: _read_meshes(folder, paths))
+        read, measure = lambda indices: (meshes()[indices], labels[indices]), point_distances
+    train, test = (Surfaces(count, read, measure, sizes, first) for first, count in zip((0, counts[0]), counts))
+    return Dataset(train, test, (*sizes[1], 1), tuple(map(str, names)), finer=test.volumes, axes=3)
 
 
 def read_example(task, name, path, image_shape, squash=False):
@@ -728,7 +709,7 @@ def mesh_points(vertices, triangles, largest=1.0):
     return np.rint(points / np.abs(points).max() * largest * 32767).astype(np.int16)
 
 
-def _read_meshes(folder, *paths):
+def _read_meshes(folder, paths):
     """`mesh_points` of all files, (N, 32768, 3), which are read once and then kept in one file in the folder."""
     listing = "".join(f"{path} {os.path.getsize(os.path.join(folder, path))}\n" for path in paths)
     cache = os.path.join(folder, f"points-{hashlib.sha256(listing.encode()).hexdigest()[:16]}.int16")
@@ -807,13 +788,11 @@ class Batches(keras.utils.PyDataset):
             yield from (convert(self[index]) for index in range(first, len(self)))
             return
         with concurrent.futures.ThreadPoolExecutor(2) as threads:
-            waiting = collections.deque()
-            for index in range(first, len(self)):
-                waiting.append(threads.submit(lambda index=index: convert(self[index])))
-                if len(waiting) > 2:
-                    yield waiting.popleft().result()
+            started = (threads.submit(lambda index: convert(self[index]), index) for index in range(first, len(self)))
+            waiting = [*itertools.islice(started, 3)]
             while waiting:
-                yield waiting.popleft().result()
+                yield waiting.pop(0).result()
+                waiting += itertools.islice(started, 1)
 
 
 def augment(images, draws, flip):

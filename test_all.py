@@ -1121,7 +1121,7 @@ def test_scenes_have_exact_boxes_and_masks():
     assert not np.array_equal(again, data.scenes([7], size=96, seed=1)[0])
     fine = data.scenes([5, 6, 7], size=192)[1]
     for target, finer in zip(targets, fine):
-        masks = pycocotools.mask.decode(target["masks"]).transpose(2, 0, 1)
+        masks = np.unpackbits(target["masks"], axis=-1)
         assert masks.sum(axis=0).max() == 1 and 2 <= len(masks) <= 8  # visible parts do not overlap
         for mask, (left, top, right, bottom) in zip(masks, target["boxes"].astype(int)):
             assert mask[top:bottom, left:right].sum() == mask.sum() > 8
@@ -1139,7 +1139,7 @@ def test_objects_are_augmented_with_their_images():
     image, mask = np.full((1, 64, 64, 3), 128, np.uint8), np.zeros((64, 64), np.uint8)
     image[0, 10:40, 20:60], mask[10:40, 20:60] = 255, 1
     split = data.Objects(32, lambda indices: (np.repeat(image, len(indices), 0), [
-        data._target([(20, 10, 60, 40)], [3], [0], [mask]) for _ in indices]))
+        data._target(64, [(20, 10, 60, 40)], [3], [0], [mask]) for _ in indices]))
     images, targets = data.Batches(split, None, 32, 0, augment=True, flip=True)[0]
     sizes, mirrored = set(), 0
     for picture, boxes, labels, masks in zip(images, *(targets[name] for name in ("boxes", "labels", "masks"))):
@@ -1201,13 +1201,12 @@ def test_coco_is_read(coco, capsys):
 
 @needs_torchvision
 @pytest.mark.parametrize("damage, hint", [
-    (lambda folder, content: (folder / "annotations" / "instances_val2017.json").unlink(), "val2017.json is missing"),
-    (lambda folder, content: shutil.rmtree(folder / "train2017"), "train2017 is missing"),
+    (lambda folder, content: (folder / "annotations" / "instances_val2017.json").unlink(), "FileNotFoundError"),
+    (lambda folder, content: shutil.rmtree(folder / "train2017"), "FileNotFoundError"),
     (lambda folder, content: (folder / "val2017" / "9.jpg").unlink(), "1 images, such as 9.jpg, are not in val2017"),
     (lambda folder, content: content["annotations"][0].update(image_id=5), "annotation 1 is of image 5"),
     (lambda folder, content: content["annotations"][0].update(category_id=5), "category 5"),
     (lambda folder, content: content["annotations"][0].pop("iscrowd"), "KeyError: 'iscrowd'"),
-    (lambda folder, content: content["images"][0].pop("width"), "KeyError: 'width'"),
     (lambda folder, content: content["categories"].append({"id": 91, "name": "cow"}), "differ"),
     (lambda folder, content: content["annotations"].clear(), "no images with objects"),
     (lambda folder, content: content.pop("images"), "instances_train2017.json"),
@@ -1345,9 +1344,9 @@ def test_frames_are_read_from_files_or_drawn(tmp_path):
     (tmp_path / "c.txt").write_text("no picture")
 
     def frames_of(path, longest):
-        count, shape, read = data.open_frames(path, longest)
-        frames = read(np.arange(count))
-        assert frames.shape == (count, *shape) and np.array_equal(read(np.array([count - 1])), frames[-1:])
+        dataset = data.load_frames(path, image_size=longest)
+        frames, _ = dataset.test[np.arange(len(dataset.test))]
+        assert frames.shape[1:] == dataset.image_shape
         return frames
 
     assert np.array_equal(frames_of(tmp_path / "b.png", 100), picture[None])  # never scaled up
@@ -1359,7 +1358,7 @@ def test_frames_are_read_from_files_or_drawn(tmp_path):
     Image.fromarray(picture[:10, :, 0]).save(tmp_path / "grey.png")
     assert np.array_equal(frames_of(tmp_path / "grey.png", 30)[0], picture[:10, :, :1].repeat(3, -1))
     with pytest.raises(data.DataError, match="30×10"):
-        data.open_frames(tmp_path, 30)
+        data.load_frames(tmp_path, image_size=30)
     mosaic, frames = data.shapes_mosaic(64, seed=2), data.shapes_video(16, 5, seed=2)
     tiles = mosaic.reshape(4, 16, 4, 16, 3).swapaxes(1, 2).reshape(16, 16, 16, 3)
     assert np.array_equal(tiles, data.shapes(range(16), 16, channels=3, seed=2)[0])
@@ -1752,7 +1751,7 @@ def test_fitting_files(tmp_path, monkeypatch):
     assert train.main(["--evaluate", str(folder)]) == 0
     assert not (folder / "siren").exists() and train.read_config(folder)["image_shape"] == [12, 12, 3]
     pictures = keras.saving.load_model(folder / "model.keras").render([-1.0, 0.0, 1.0], 12, 12)
-    truth = data.scale(data.open_frames(tmp_path / "frames", 12)[2](np.arange(3)))
+    truth = data.load_frames(tmp_path / "frames", image_size=12).test.examples(np.arange(3))[0]
     assert (((pictures[:, None] - truth) ** 2).mean((2, 3, 4)).argmin(1) == range(3)).all()  # each time shows its frame
 
 
