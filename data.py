@@ -46,21 +46,21 @@ def explained(problem, advice=""):
 class Split:
     """The examples of one split. They are read when they are used, and kept while there is room for them in memory.
 
-    read: (n,) indices -> images `uint8` (n, H, W, C) and labels (n,). count: number of examples in one pass; if it
-    exceeds `distinct`, the number of different ones, they repeat. first: index for `read` of the first example.
+    count: number of examples. read: (n,) indices -> images `uint8` (n, H, W, C) and labels (n,). first: the index for
+    `read` of the first example.
     """
 
     room = 2**30  # bytes of images that a split keeps
 
-    def __init__(self, count, read, distinct=None, first=0):
-        self.count, self.read, self.distinct, self.first, self.kept = count, read, distinct or count, first, {}
+    def __init__(self, count, read, first=0):
+        self.count, self.read, self.first, self.kept = count, read, first, {}
 
     def __len__(self):
         return self.count
 
     def __getitem__(self, indices):
         """Images and labels at an integer array of indices below the count."""
-        indices = (np.asarray(indices) % self.distinct).tolist()
+        indices = indices.tolist()
         found = {index: self.kept[index] for index in indices if index in self.kept}
         if missing := [index for index in dict.fromkeys(indices) if index not in found]:
             images, labels = self.read(self.first + np.array(missing))
@@ -111,8 +111,8 @@ def load(name, data_dir=None, image_size=None, seed=0, points=None, squash=False
     pixels, to which other images are scaled and center-cropped, or with squash scaled in each direction; None: the
     dataset's own (28 for shapes). seed: for "shapes" only. Images are read when they are used.
 
-    Raises DataError for an unknown name, for a dataset without one image and one label per example or without training
-    and test splits, for images of different sizes without image_size, and for a dataset that cannot be downloaded.
+    Raises DataError for an unknown name, a dataset without one image and one label per example or without training and
+    test splits, images of different sizes without image_size, and a failed download.
     """
     if name in SURFACES:
         return load_surfaces(name, data_dir, image_size, seed, points)
@@ -121,12 +121,12 @@ def load(name, data_dir=None, image_size=None, seed=0, points=None, squash=False
     size = image_size or 28
     read = lambda indices, factor=1: shapes(indices, factor * size, seed=seed)
     finer = lambda count, factor: scale(read(range(10_000, 10_000 + count), factor)[0])
-    return Dataset(Split(10_000, read), Split(2_000, read, first=10_000), (size, size, 1), SHAPES, True, finer=finer)
+    return Dataset(Split(10_000, read), Split(2_000, read, 10_000), (size, size, 1), SHAPES, True, finer=finer)
 
 
 def load_frames(name, data_dir=None, image_size=None, seed=0, points=None, squash=False):
     """Loads a picture or a video to fit: the images of the Dataset are frames (H, W, 3), the labels are their times,
-    from -1 to 1 (0 for a picture). All splits hold the same frames; a training epoch has at least 200.
+    from -1 to 1 (0 for a picture). All splits hold the same frames.
 
     name: an image file, a folder of image files in the order of their names, "shapes" (a picture of sixteen shapes) or
     "shapes-video". image_size: the longest side, to which larger pictures are scaled down (default: 320;
@@ -134,8 +134,8 @@ def load_frames(name, data_dir=None, image_size=None, seed=0, points=None, squas
     compare their sizes. Raises DataError for no images, incomplete images and images of different sizes.
     """
     if name in ("shapes", "shapes-video"):
-        video = name == "shapes-video"
-        frames = shapes_video(image_size or 64, seed=seed) if video else shapes_mosaic(image_size or 320, seed)[None]
+        frames = (shapes_mosaic(image_size or 320, seed)[None] if name == "shapes" else
+                  shapes_video(image_size or 64, seed=seed))
         count, read = len(frames), frames.__getitem__
     else:
         paths = [name]
@@ -152,9 +152,7 @@ def load_frames(name, data_dir=None, image_size=None, seed=0, points=None, squas
         read = lambda indices: np.stack([_open(paths[index], "RGB", image_size or 320) for index in indices])
     times = np.linspace(-1 if count > 1 else 0, 1, count, dtype=np.float32)
     every = Split(count, lambda indices: (read(indices), times[indices]))
-    train = Split(count * -(-200 // count), every.read, count)
-    train.kept = every.kept
-    return Dataset(train, every, read(np.arange(1)).shape[1:], validation=every)
+    return Dataset(every, every, read(np.arange(1)).shape[1:], validation=every)
 
 
 SCENES = 10_000, 500  # for training and for testing
@@ -164,8 +162,8 @@ def load_objects(name, data_dir=None, image_size=None, seed=0, points=None, squa
     """Loads images with objects in them: "scenes", pictures of several shapes, or "coco", the folder data_dir of COCO
     2017 as downloaded. The images (size, size, 3) are scaled to fit and padded with grey on the right or at the bottom.
 
-    image_size: default 128 for scenes; COCO needs one. masks: whether the labels contain them, see `Objects`. Ignores
-    the other arguments but seed. Raises DataError for other names, and as `open_coco` does.
+    image_size: default 128 for scenes; COCO needs one. masks: whether the labels contain them. Ignores the other
+    arguments but seed. Raises DataError for other names, and as `open_coco` does.
     """
     with explained("objects in images need pycocotools",
                    "pip install torchvision==0.28.0 torchmetrics==1.9.0 pycocotools==2.0.11"):
@@ -173,7 +171,7 @@ def load_objects(name, data_dir=None, image_size=None, seed=0, points=None, squa
     if name == "scenes":
         size, names = image_size or 128, SHAPES
         read = lambda indices: scenes(indices, size, seed, masks)
-        splits = Objects(SCENES[0], read), Objects(SCENES[1], read, first=SCENES[0])
+        splits = Objects(SCENES[0], read), Objects(SCENES[1], read, SCENES[0])
     elif name == "coco":
         if not image_size:
             raise DataError("the images of coco differ in size: set one size for all, for example --image-size 640")
@@ -192,11 +190,6 @@ def load_objects(name, data_dir=None, image_size=None, seed=0, points=None, squa
 LOADERS = {"classify": load, "fit": load_frames, "detect": load_objects,
            "segment": functools.partial(load_objects, masks=True)}  # by task
 BUILT_IN = {"detect": "scenes", "segment": "scenes"}  # other tasks: shapes
-
-
-def full_name(task, name):
-    """The dataset name as it is valid in every working directory: a path becomes absolute."""
-    return os.path.abspath(name) if task == "fit" and name not in ("shapes", "shapes-video") else name
 
 
 # ---- shapes: ten classes drawn from signed-distance functions ----
@@ -453,10 +446,11 @@ def _jitter(image, target, draw, flip):
 
     boxes = (target["boxes"] * (side / size) - np.float32([left, top, left, top])).clip(0, size)
     if step < 0:
-        boxes = np.stack([size - boxes[:, 2], boxes[:, 1], size - boxes[:, 0], boxes[:, 3]], axis=1)
+        boxes[:, [0, 2]] = size - boxes[:, [2, 0]]
     target = target | {"boxes": boxes}
     if "masks" in target:
-        target["masks"] = np.array([place(mask, Image.NEAREST, 0) for mask in target["masks"]]).reshape(-1, size, size)
+        target["masks"] = np.array([place(mask, Image.NEAREST, 0) for mask in target["masks"]],
+                                   np.uint8).reshape(-1, size, size)
     kept = (boxes[:, 2:] - boxes[:, :2]).min(axis=1) >= 1
     return place(image, Image.BILINEAR, (128,) * 3), {name: values[kept] for name, values in target.items()}
 
@@ -497,10 +491,9 @@ def open_coco(folder, part, size, masks):
             found = objects[image]
             picture = _open(os.path.join(pictures, index.imgs[image]["file_name"]), "RGB", turn=False)
             padded.append(pad(picture, Image.BILINEAR, (128,) * 3))
-            boxes = np.array([one["bbox"] for one in found], float).reshape(-1, 2, 2)
-            boxes[:, 1] += boxes[:, 0]
             sides = np.array(picture.size)
-            boxes *= np.rint(size * sides / sides.max()) / sides
+            factors = np.rint(size * sides / sides.max()) / sides
+            boxes = np.reshape([one["bbox"] for one in found], (-1, 2, 2)).cumsum(axis=1) * factors
             drawn = [pad(Image.fromarray(index.annToMask(one)), Image.NEAREST) for one in found] if masks else None
             targets.append(_target(size, boxes, [numbers[one["category_id"]] for one in found],
                                    [one["iscrowd"] for one in found], drawn))
@@ -514,8 +507,8 @@ def open_coco(folder, part, size, masks):
 
 def _cover(picture, height, width, squash):
     """A Pillow image, scaled to cover height × width and cropped at its center, or squashed: (H, W, C)."""
-    resize = Image.Image.resize if squash else ImageOps.fit
-    picture = resize(picture, (width, height), Image.BILINEAR if squash else Image.BICUBIC)
+    size = width, height
+    picture = picture.resize(size, Image.BILINEAR) if squash else ImageOps.fit(picture, size, Image.BICUBIC)
     return np.asarray(picture).reshape(height, width, -1)
 
 
@@ -550,7 +543,7 @@ class Surfaces(Split):
     """
 
     def __init__(self, count, read, measure, sizes, first=0):
-        super().__init__(count, read, first=first)
+        super().__init__(count, read, first)
         self.measure, self.sizes = measure, sizes
 
     def examples(self, indices, rng=None, augmented=False, flip=False, share=slice(None)):
@@ -612,11 +605,9 @@ def read_example(task, name, path, image_shape, squash=False):
 
 
 def solids(indices, seed=0):
-    """Ten classes of random surfaces with exact distances: parameters `float32` (N, 8) and labels `int64` (N,).
-    Surface i depends on (seed, i) alone, and its label is i % 10.
-
-    The parameters are the center (3), the size, the angle about the vertical axis z, and three proportions from 0 to 1.
-    """
+    """Ten classes of random surfaces; surface i depends on (seed, i) alone, and its label is i % 10. Returns parameters
+    `float32` (N, 8) and labels `int64` (N,). The parameters are the center (3), the size, the angle about the vertical
+    axis z, and three proportions from 0 to 1."""
     parameters = _uniform(indices, 8, seed) * [0.4, 0.4, 0.4, 0.3, 2 * np.pi, 1, 1, 1]
     parameters -= [0.2, 0.2, 0.2, -0.5, 0, 0, 0, 0]
     return parameters.astype(np.float32), np.asarray(indices, np.int64) % len(SOLIDS)
@@ -672,10 +663,8 @@ SOLIDS = tuple(_SOLIDS)
 
 def read_off(path):
     """Reads a mesh in the Object File Format: vertices (V, 3) and triangles (T, 3); faces of more corners are split.
-
     The counts may follow "OFF" at once; comments and colours are ignored. Raises DataError for unreadable, incomplete
-    and other files, for coordinates that are not finite, and for a mesh without area.
-    """
+    and other files, coordinates that are not finite, and a mesh without area."""
     with explained(f"cannot read {path} as a mesh in the Object File Format"):
         with open(path, encoding="ascii", errors="replace") as file:
             text = file.read()
@@ -755,8 +744,8 @@ class Batches(keras.utils.PyDataset):
     indices: the examples to use; None: all. seed: shuffles them and drops the rest that does not fill a batch; order
     and augmentation depend only on (seed, epoch, index of the batch). None keeps the order and drops nothing.
     augment: pads by 4 pixels (reflection) and crops at random; with `flip` also mirrors half of the images. Images of
-    128×128 and more: see `augment_large`. Scales surfaces, and adds noise to the points of meshes. (MWT) share: the
-    part of each batch that this process gets.
+    128×128 and more: see `augment_large`; objects and surfaces: see `Objects.examples`, `solid_distances` and
+    `point_distances`. share: the part of each batch that this process gets.
     """
 
     def __init__(self, split, indices, batch_size, seed=None, augment=False, flip=False, share=slice(None)):
@@ -784,7 +773,7 @@ class Batches(keras.utils.PyDataset):
     def ahead(self, first, convert):
         """Yields convert(batch) of the batches from index `first` on. Two threads prepare them while others are used,
         unless all examples are images in memory, where threads would slow down the training step."""
-        if type(self.split) is Split and {*(self.order % self.split.distinct).tolist()} <= self.split.kept.keys():
+        if type(self.split) is Split and {*self.order.tolist()} <= self.split.kept.keys():
             yield from (convert(self[index]) for index in range(first, len(self)))
             return
         with concurrent.futures.ThreadPoolExecutor(2) as threads:

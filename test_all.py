@@ -1328,7 +1328,7 @@ def test_batches_follow_seed_and_epoch_and_validation_images_are_held_out():
 
 def test_augmentation_follows_seed_epoch_and_batch():
     picture = np.random.default_rng(0).integers(0, 256, (1, 12, 12, 1), dtype=np.uint8)
-    split = data.Split(16, lambda indices: (picture, np.zeros(1, int)), 1)  # sixteen times the same
+    split = data.Split(16, lambda indices: (np.repeat(picture, len(indices), axis=0), indices))  # all the same
     drawn = set()
     for seed, epoch, index in [(0, 1, 0), (0, 1, 1), (0, 2, 0), (1, 1, 0)] * 2:
         batches = data.Batches(split, None, 8, seed, augment=True)
@@ -1353,8 +1353,10 @@ def test_frames_are_read_from_files_or_drawn(tmp_path):
     assert frames_of(tmp_path / "b.png", 15).shape == (1, 10, 15, 3)
     assert np.array_equal(frames_of(tmp_path, 30), [255 - picture, picture])
     dataset = data.load_frames(tmp_path, image_size=30)
-    assert (len(dataset.train), len(dataset.test), dataset.image_shape) == (200, 2, (20, 30, 3))
-    assert dataset.train[np.array([0, 1, 198])][1].tolist() == [-1, 1, -1] and dataset.train.kept is dataset.test.kept
+    assert (len(dataset.test), dataset.image_shape) == (2, (20, 30, 3)) and dataset.train is dataset.test
+    assert dataset.train[np.array([0, 1, 0])][1].tolist() == [-1, 1, -1]
+    batches, _ = train.training_batches(train.parse(["--method", "inrn", "--task", "fit"])[0], dataset)
+    assert np.bincount(batches.indices).tolist() == [100, 100]
     Image.fromarray(picture[:10, :, 0]).save(tmp_path / "grey.png")
     assert np.array_equal(frames_of(tmp_path / "grey.png", 30)[0], picture[:10, :, :1].repeat(3, -1))
     with pytest.raises(data.DataError, match="30×10"):

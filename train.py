@@ -157,7 +157,8 @@ def parse(arguments):
     add("-h", "--help", action="help", help="show this help for the given --method, --task and --preset")
     parser.set_defaults(**config)
     options = parser.parse_args(arguments)
-    options.dataset = data.full_name(options.task, options.dataset)
+    if options.task == "fit" and options.dataset not in ("shapes", "shapes-video"):
+        options.dataset = os.path.abspath(options.dataset)  # valid in every working directory
     refuse_changes(options, config, {"dataset", "data_dir", "image_size"} if options.evaluate else {"data_dir"})
     for name in {name for variant in task.ablations.get(options.ablate, ()) for name in variant}:
         if getattr(options, name) != preset[name]:
@@ -227,7 +228,9 @@ def training_batches(options, dataset):
     if dataset.validation and (options.augment or options.limit or options.validation_images is not None):
         refuse("frames are fitted as they are: remove --limit, --validation-images and --augment")
     count = 0 if dataset.validation else 2000 if options.validation_images is None else options.validation_images
-    held_out, chosen = np.split(np.random.default_rng(options.seed).permutation(len(dataset.train)), [count])
+    repeats = -(-200 // len(dataset.train)) if dataset.validation else 1  # an epoch has at least 200 frames
+    order = np.random.default_rng(options.seed).permutation(repeats * len(dataset.train)) % len(dataset.train)
+    held_out, chosen = np.split(order, [count])
     chosen = chosen[:options.limit]
     if len(chosen) < options.batch_size:
         refuse(f"{len(chosen)} training images do not fill a batch of {options.batch_size}: "
