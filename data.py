@@ -665,9 +665,8 @@ def read_off(path):
     """Reads a mesh in the Object File Format: vertices (V, 3) and triangles (T, 3); faces of more corners are split.
     The counts may follow "OFF" at once; comments and colours are ignored. Raises DataError for unreadable, incomplete
     and other files, coordinates that are not finite, and a mesh without area."""
-    with explained(f"cannot read {path} as a mesh in the Object File Format"):
-        with open(path, encoding="ascii", errors="replace") as file:
-            text = file.read()
+    with explained(f"cannot read {path} as a mesh in the Object File Format"), open(path, errors="replace") as file:
+        text = file.read()
         if not text.startswith("OFF"):
             raise ValueError("it does not start with OFF")
         lines = [words for line in text[3:].splitlines() if (words := line.partition("#")[0].split())]
