@@ -481,9 +481,9 @@ def open_coco(folder, part, size, masks):
         if not images:
             raise ValueError("there are no images with objects")
 
-    def pad(picture, *fill):
-        """A Pillow image, scaled to fit into size × size and padded on the right or at the bottom."""
-        return np.asarray(ImageOps.pad(picture, (size, size), *fill, centering=(0, 0)))
+    def pad(picture, method, color=None):
+        """A Pillow image, scaled to fit into size × size and padded on the right or at the bottom (None: with 0)."""
+        return np.asarray(ImageOps.pad(picture, (size, size), method, color, centering=(0, 0)))
 
     def read(indices):
         padded, targets = [], []
