@@ -1692,8 +1692,9 @@ def test_a_run_on_a_tfds_dataset(runs, dummy_mnist, tmp_path, refused, monkeypat
     keras.config.set_dtype_policy("float32")
     assert "val_" not in (folder / "history.csv").read_text()
     assert keras.saving.load_model(folder / "model.keras").classifier.layers[2].compute_dtype == "bfloat16"
-    assert train.main(["--evaluate", str(folder)]) == 0
-    assert results_of(folder / "evaluation-dummy_mnist") == results_of(folder)
+    assert not any(train.main(["--evaluate", str(folder), *size]) for size in ([], ["--image-size", "14"]))
+    evaluations = results_of(folder / "evaluation-dummy_mnist"), results_of(folder / "evaluation-dummy_mnist-14")
+    assert evaluations[0] == results_of(folder) != evaluations[1]
     with monkeypatch.context() as patch:
         patch.setattr(train, "load_dataset", lambda *_: data.Dataset(None, None, (28, 28, 1), ("a", "b", "c")))
         assert "3 classes" in refused("--evaluate", runs / "mwt")

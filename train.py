@@ -616,7 +616,8 @@ def evaluate(options, task):
                f"frames of {x.image_shape[0]}×{x.image_shape[1]}" for x in (dataset, options)]
     if numbers[0] != numbers[1]:
         refuse(f"{options.dataset} has {numbers[0]}, the model of {folder} has {numbers[1]}: use a matching --dataset")
-    target = folder / f"evaluation-{file_name(options.dataset)}"
+    size = "" if options.image_size == read_config(folder)["image_size"] else f"-{options.image_size}"
+    target = folder / f"evaluation-{file_name(options.dataset)}{size}"
     with locked(target):
         try:
             write_json(target / "results.json", report(options, task, dataset, folder, target))
