@@ -1588,6 +1588,8 @@ def test_two_processes_train_like_one_and_go_on_after_a_kill(tmp_path):
     np.testing.assert_allclose(histories[1], histories[0], rtol=1e-4)
     np.testing.assert_array_equal(histories[1], histories[2])
     assert results_of(tmp_path / "one")["test_psnr"] == pytest.approx(results_of(tmp_path / "whole")["test_psnr"], 1e-4)
+    assert run_python(*command[1:], HERE / "train.py", "--evaluate", tmp_path / "whole").returncode == 0
+    assert results_of(tmp_path / "whole" / "evaluation-shapes") == results_of(tmp_path / "whole")
 
 
 def test_every_method_runs_on_a_device_that_is_not_the_cpu():

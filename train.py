@@ -319,8 +319,9 @@ def locked(folder):
     finally:
         if descriptor is not None:
             os.close(descriptor)
-        with contextlib.suppress(OSError):
-            folder.rmdir()
+        if RANK == 0:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def write_atomically(path, write):
