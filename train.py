@@ -24,9 +24,9 @@ import contextlib
 import csv
 import ctypes
 import datetime
+import functools
 import importlib
 import io
-import itertools
 import json
 import math
 import os
@@ -36,8 +36,8 @@ import signal
 import statistics
 import sys
 import time
-import unittest.mock
 import zipfile
+from unittest import mock
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -46,6 +46,9 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler of --benchmark w
 import keras
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 
@@ -64,6 +67,7 @@ METHODS = ("mwt", "hyperinr", "inrn")
 NOT_IN_CONFIG = {"resume", "evaluate", "predict", "benchmark", "ablate", "seeds", "run_dir", "memory"}
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 RANK = int(os.environ["RANK"]) if PROCESSES > 1 else 0
+RESTARTS = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # of the same command, by torchrun
 
 
 # ---- Options ----
@@ -74,6 +78,16 @@ def refuse(message):
     time.sleep(3 if RANK else 0)  # if the first process exits too, torchrun ends this one before the line is repeated
     print(f"train.py: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(2)
+
+
+@contextlib.contextmanager
+def refusing(task, advice, errors=Exception):
+    """Exits with a one-line message if the body raises one of the errors."""
+    try:
+        yield
+    except errors as error:  # an ImportError says which package to install
+        refuse(error if isinstance(error, ImportError) else
+               f"cannot {task} ({type(error).__name__}: {str(error)[:200]}): {advice}")
 
 
 def number(kind, lowest):
@@ -178,14 +192,12 @@ def refuse_changes(options, config, free):
 
 def read_config(folder):
     """The content of a run's config.json."""
-    try:
-        config = {"axes": 2, **json.loads((folder / "config.json").read_text())}
-        if config["method"] in METHODS and isinstance(config["image_shape"], list):
-            return config
-        raise ValueError("not written by this program")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        refuse(f"cannot read {folder / 'config.json'} ({type(error).__name__}: {error}): use the folder that a run has "
-               "printed, or restore the file from a backup")
+    path = folder / "config.json"
+    with refusing(f"read {path}", "use the folder that a run has printed, or restore the file from a backup"):
+        config = {"axes": 2, **json.loads(path.read_text())}
+        if config["method"] not in METHODS or not isinstance(config["image_shape"], list):
+            raise ValueError("not written by this program")
+        return config
 
 
 def file_name(dataset):
@@ -254,16 +266,12 @@ def evaluation_batches(dataset, split, indices=None):
 # ---- Several processes: each computes its share of every batch; the gradients are averaged, the metrics added ----
 
 
-def average_gradients(optimizer):
-    """Makes the optimizer apply the mean of the gradients of all processes."""
-    def apply(gradients, variables, original=optimizer.apply):
-        vector = torch.nn.utils.parameters_to_vector(gradients) / PROCESSES
-        torch.distributed.all_reduce(vector)
-        torch.nn.utils.vector_to_parameters(vector, gradients)
-        original(gradients, variables)
-
-    if PROCESSES > 1:
-        optimizer.apply = apply
+def apply_mean(apply, gradients, variables):
+    """Calls `apply` of an optimizer with the mean of the gradients of all processes."""
+    vector = torch.nn.utils.parameters_to_vector(gradients) / PROCESSES
+    torch.distributed.all_reduce(vector)
+    torch.nn.utils.vector_to_parameters(vector, gradients)
+    apply(gradients, variables)
 
 
 def add_metrics(model):
@@ -297,12 +305,10 @@ def interrupt(number, frame):
 
 @contextlib.contextmanager
 def signal_handler(handler):
-    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with contextlib.ExitStack() as stack:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            stack.callback(signal.signal, number, signal.signal(number, handler))
         yield
-    finally:
-        for number, old in previous.items():
-            signal.signal(number, old)
 
 
 @contextlib.contextmanager
@@ -363,10 +369,9 @@ class Run:
         self.save_every, self.signal, self.checkpoint = save_every, None, folder / "checkpoint.pt"
         self.epoch, self.step = 0, 0  # complete epochs, and complete steps of the current epoch
         self.seconds, self.shown, self.history = 0.0, -math.inf, []
-        if self.checkpoint.exists():
-            self.restore()
-        elif (folder / "history.csv").exists():
-            refuse(f"{self.checkpoint} is missing: restore it from a backup, or start again with another --run-dir")
+        if self.checkpoint.exists() or (folder / "history.csv").exists():
+            with refusing(f"read {self.checkpoint}", "restore it from a backup, or start again with another --run-dir"):
+                self.restore()
         if RANK:  # the first process has the metrics of all, and each its own random numbers
             model.reset_metrics()
             for variable in [variable for variable in model.variables if "seed_generator" in variable.path]:
@@ -377,17 +382,13 @@ class Run:
         return [variable for part in parts for variable in part.variables]
 
     def restore(self):
-        try:
-            with zipfile.ZipFile(self.checkpoint) as file:  # torch.load does not verify the checksums
-                if damaged := file.testzip():
-                    raise ValueError(f"wrong checksum of {damaged}")
-            position, values = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-            for variable, value in zip(self.variables(), values, strict=True):
-                variable.assign(value)
-            vars(self).update(position)
-        except Exception as error:  # of many types
-            refuse(f"cannot read {self.checkpoint} ({type(error).__name__}: {str(error)[:120]}): restore it from a "
-                   "backup, or start again with another --run-dir")
+        with zipfile.ZipFile(self.checkpoint) as file:  # torch.load does not verify the checksums
+            if damaged := file.testzip():
+                raise ValueError(f"wrong checksum of {damaged}")
+        position, values = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        for variable, value in zip(self.variables(), values, strict=True):
+            variable.assign(value)
+        vars(self).update(position)
 
     def save(self):
         add_metrics(self.model)
@@ -480,8 +481,8 @@ def build(options, task, dataset, steps_per_epoch):
             models = task.build(options, dataset, steps_per_epoch)
     except (ValueError, ImportError) as error:
         refuse(error)
-    for optimizer in [optimizer for _, model, _ in models for optimizer in model.optimizers]:
-        average_gradients(optimizer)
+    for optimizer in [optimizer for _, model, _ in models if PROCESSES > 1 for optimizer in model.optimizers]:
+        optimizer.apply = functools.partial(apply_mean, optimizer.apply)
     return models
 
 
@@ -489,8 +490,8 @@ def train(options, task):
     """Starts or continues a run, then evaluates it."""
     folder = options.run_dir
     with locked(folder):
-        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun, with the same command
-        if restarted and (folder / "config.json").exists():
+        repeated = options.ablate or RESTARTS != "0"  # the same command continues
+        if repeated and (folder / "config.json").exists():
             refuse_changes(options, read_config(folder), {"data_dir"})
             options.resume = True
         if not options.resume and any(path.name != "new-config.json" for path in folder.iterdir()):
@@ -498,13 +499,13 @@ def train(options, task):
         if (folder / "results.json").exists():
             print(f"{folder} holds a finished run: nothing to do")
         else:
-            train_models(options, task, folder)
+            train_models(options, task)
         for checkpoint in folder.rglob("checkpoint.pt") if RANK == 0 else ():
             checkpoint.unlink()
 
 
-def train_models(options, task, folder):
-    dataset = load_dataset(options, task)
+def train_models(options, task):
+    folder, dataset = options.run_dir, load_dataset(options, task)
     batches, validation = training_batches(options, dataset)
     models = build(options, task, dataset, len(batches))
     with first_process_first():  # most errors in the data have to appear before training
@@ -523,9 +524,7 @@ def train_models(options, task, folder):
     for run in runs.values():
         print(f"{run.folder}: {run.epochs} epochs of {len(batches)} steps, {run.epoch} and {run.step} done", flush=True)
         run.train()
-    results = report(options, task, dataset, folder, folder)
-    if RANK:
-        return
+    results = report(options, task, dataset, folder)
     for name, run in runs.items():
         (results if name == options.method else results[name])["seconds_per_epoch"] = run.seconds / run.epochs
     draw_curves({name: run.history for name, run in runs.items()}, folder / "curves.png")
@@ -543,11 +542,7 @@ def ablate(options, task):
             label, results = ", ".join(f"{name} {value}" for name, value in varied.items()), []
             for seed in range(options.seed, options.seed + options.seeds):
                 part = folder / f"{label.replace(', ', '-').replace(' ', '-')}-{seed}"
-                config = read_config(part) if (part / "config.json").exists() else {}
-                changes = {**variant, "seed": seed, "run_dir": part, "resume": bool(config)}
-                one = argparse.Namespace(**{**vars(options), **changes})
-                refuse_changes(one, config, {"data_dir"})
-                train(one, task)
+                train(argparse.Namespace(**{**vars(options), **variant, "seed": seed, "run_dir": part}), task)
                 results.append(json.loads((part / "results.json").read_text()))
             row = {options.ablate: label, "parameters": results[0]["parameters"]}
             for name in [name for name in results[0] if name.startswith(("test_", "seconds"))]:
@@ -564,14 +559,10 @@ def ablate(options, task):
 
 
 def load_model(folder):
-    """The model of a run. Exits if it cannot be loaded."""
-    try:
-        return keras.saving.load_model(folder / "model.keras")
-    except ImportError as error:  # of an optional package
-        refuse(error)
-    except Exception as error:  # of many types, from ZIP, JSON, HDF5 and Keras
-        refuse(f"cannot load {folder / 'model.keras'} ({type(error).__name__}: {str(error)[:120]}): train again, or "
-               "restore it from a backup")
+    """The model of a run."""
+    path = folder / "model.keras"
+    with refusing(f"load {path}", "train again, or restore it from a backup"):
+        return keras.saving.load_model(path)
 
 
 def device_name():
@@ -579,13 +570,13 @@ def device_name():
     return torch.cuda.get_device_name() if kind == "cuda" else f"{kind.upper()}, {torch.get_num_threads()} threads"
 
 
-def report(options, task, dataset, folder, target):
+def report(options, task, dataset, target):
     """Evaluates a run's models on the test split, writes figures to `target` and returns the results: the main model's
-    at the top level, those of other models under the names of their subfolders."""
-    folders = [folder, *sorted(path.parent for path in folder.glob("*/model.keras"))]
-    models = {options.method if path == folder else path.name: load_model(path) for path in folders}
-    results = {"method": options.method, "task": options.task, "preset": options.preset, "dataset": options.dataset,
-               "device": device_name()}
+    at the top level, those of other models under the names of their subfolders. Ends all processes but the first."""
+    others = sorted(path.parent for path in options.run_dir.glob("*/model.keras"))
+    models = {options.method: load_model(options.run_dir), **{path.name: load_model(path) for path in others}}
+    results = {name: getattr(options, name) for name in ("method", "task", "preset", "dataset")}
+    results["device"] = device_name()
     with first_process_first():
         dataset.test[np.arange(1)]
     for name, model in models.items():
@@ -598,7 +589,7 @@ def report(options, task, dataset, folder, target):
         shown = [text.format(metrics[metric]) for metric, text in formats.items() if metric in metrics]
         print(f"{name}: {', '.join(shown)} on {len(dataset.test):,} examples; {model.count_params():,} parameters")
     if RANK:
-        return results
+        raise SystemExit
     count = min(len(dataset.test), 1000, max(8, 2**20 // math.prod(dataset.image_shape[:2])))
     shown = np.linspace(0, len(dataset.test) - 1, 3, dtype=int) if dataset.validation else np.arange(count)
     images, labels = dataset.test.examples(np.unique(shown))
@@ -619,11 +610,9 @@ def evaluate(options, task):
         refuse(f"{options.dataset} has {numbers[0]}, the model of {folder} has {numbers[1]}: use a matching --dataset")
     size = "" if options.image_size == read_config(folder)["image_size"] else f"-{options.image_size}"
     target = folder / f"evaluation-{file_name(options.dataset)}{size}"
-    with locked(target):
-        try:
-            write_json(target / "results.json", report(options, task, dataset, folder, target))
-        except ValueError as error:  # for images of another size than a teacher's
-            refuse(f"cannot evaluate {folder} on this dataset: {str(error)[:300]}")
+    # ValueError: for images of another size than a teacher's
+    with locked(target), refusing(f"evaluate {folder} on {options.dataset}", "use a matching dataset", ValueError):
+        write_json(target / "results.json", report(options, task, dataset, target))
     print(target)
 
 
@@ -676,8 +665,6 @@ def view_surface(distances, level=0.1):
 def draw_grid(rows, path):
     """rows: lists of (picture, title). Pictures are (H, W, C) or (H, W), in [-1, 1], of any size, or distances from a
     surface (X, Y, Z, 1), which are drawn by `view_surface`."""
-    from matplotlib.figure import Figure
-
     height, width = rows[0][0][0].shape[:2]
     side = min(4, max(1.3, width / 100))  # inches, at 100 pixels
     figure = Figure(figsize=(side * len(rows[0]), (side * height / width + 0.4) * len(rows)), layout="constrained")
@@ -692,8 +679,6 @@ def draw_grid(rows, path):
 
 def draw_curves(histories, path):
     """Plots every metric over the epochs. histories: {model: rows of its history.csv}."""
-    from matplotlib.figure import Figure
-
     metrics = dict.fromkeys(name.removeprefix("val_") for rows in histories.values() for name in [*rows[0]][1:])
     figure = Figure(figsize=(3.5 * len(metrics), 3), layout="constrained")
     for metric, axes in zip(metrics, figure.subplots(1, len(metrics), squeeze=False)[0]):
@@ -712,19 +697,16 @@ def draw_curves(histories, path):
 
 def benchmark(options, task):
     """Times training steps of the main model on one batch; the last line printed is a JSON object."""
-    from torch.utils.benchmark import Timer
-    from torch.utils.flop_counter import FlopCounterMode
-
     def seconds(function):
         timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
         return timer.blocked_autorange(min_run_time=3).median  # synchronizes with a GPU
 
-    dataset, count = load_dataset(options, task), options.batch_size
-    batches, numbers = training_batches(options, dataset)[0], itertools.count(1)
+    dataset = load_dataset(options, task)
+    batches = training_batches(options, dataset)[0]
     batch = to_tensors(batches[0])
     model = {name: model for name, model, _ in build(options, task, dataset, 1000)}[""]
     device = model.trainable_variables[0].value.device
-    print(f"{options.preset}: batch {(count, *dataset.image_shape)}, {device_name()}", flush=True)
+    print(f"{options.preset}: batch {(options.batch_size, *dataset.image_shape)}, {device_name()}", flush=True)
     step_seconds = seconds(lambda: model.train_step(batch))
     resident = resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     memory = (round(torch.cuda.max_memory_allocated() / 2**20) if device.type == "cuda" else
@@ -733,7 +715,7 @@ def benchmark(options, task):
     named, shares = torch.profiler.record_function, dict.fromkeys(("step", "backward", "optimizer"), 0.0)
     for optimizer in model.optimizers:
         optimizer.apply = named("optimizer")(optimizer.apply)
-    with (unittest.mock.patch.object(torch.Tensor, "backward", named("backward")(torch.Tensor.backward)),
+    with (mock.patch.object(torch.Tensor, "backward", named("backward")(torch.Tensor.backward)),
           torch.profiler.profile() as profiler):
         for _ in range(5):
             named("step")(model.train_step)(batch)
@@ -742,20 +724,18 @@ def benchmark(options, task):
             shares[event.name] += event.time_range.elapsed_us()
     backward, optimizer = (1e3 * step_seconds * shares[name] / shares["step"] for name in ("backward", "optimizer"))
     # FLOPs are counted without compilation and with unfused attention, which the counter supports on every device.
-    options = argparse.Namespace(**{**vars(options), "compile": False})
-    model = {name: model for name, model, _ in build(options, task, dataset, 1000)}[""]
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with (torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter,
+          torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)):
         model.train_step(batch)
     side, gflop = 8192 if device.type == "cuda" else 2048, counter.get_total_flops() / 1e9
     matrix = torch.ones(side, side, dtype=getattr(torch, options.precision.removeprefix("mixed_")), device=device)
     rate = 2 * side**3 / seconds(lambda: matrix @ matrix) / 1e9
-    print(json.dumps({"ms_per_step": round(1e3 * step_seconds, 2),
-                      "forward_ms": round(1e3 * step_seconds - backward - optimizer, 2),
-                      "backward_ms": round(backward, 2), "optimizer_ms": round(optimizer, 2),
-                      "data_ms": round(1e3 * seconds(lambda: batches[next(numbers) % len(batches)]), 2),
-                      "images_per_second": round(count / step_seconds, 1),
-                      "peak_memory_mb": memory, "gflop_per_step": round(gflop, 2), "matmul_gflops": round(rate),
-                      "share_of_matmul_rate": round(gflop / step_seconds / rate, 3)}))
+    data_seconds = seconds(lambda: batches[np.random.randint(len(batches))])
+    figures = {"ms_per_step": 1e3 * step_seconds, "forward_ms": 1e3 * step_seconds - backward - optimizer,
+               "backward_ms": backward, "optimizer_ms": optimizer, "data_ms": 1e3 * data_seconds,
+               "images_per_second": options.batch_size / step_seconds, "peak_memory_mb": memory,
+               "gflop_per_step": gflop, "matmul_gflops": rate, "share_of_matmul_rate": gflop / step_seconds / rate}
+    print(json.dumps({name: value and round(value, 3) for name, value in figures.items()}))
 
 
 def keep_freed_memory():
@@ -775,7 +755,7 @@ def main(arguments=None):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         store, *_ = next(torch.distributed.rendezvous("env://"))
         # torchrun keeps its store when it starts the processes again; with it, what the last ones wrote there.
-        store = torch.distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        store = torch.distributed.PrefixStore(RESTARTS, store)
         torch.distributed.init_process_group(store=store, rank=RANK, world_size=PROCESSES)
         if RANK:
             sys.stdout = open(os.devnull, "w")
