@@ -58,10 +58,8 @@ try:
 except ImportError:  # Windows
     fcntl = resource = None
 
-if "tensorflow" not in sys.modules:  # Keras looks for it once and would import it, which takes seconds, to save models
-    sys.modules["tensorflow"] = None
+with mock.patch.dict(sys.modules, tensorflow=None):  # Keras looks for it once and would import it, which takes seconds
     keras.utils.set_random_seed(0)
-    del sys.modules["tensorflow"]
 
 METHODS = ("mwt", "hyperinr", "inrn")
 NOT_IN_CONFIG = {"resume", "evaluate", "predict", "benchmark", "ablate", "seeds", "run_dir", "memory"}
@@ -408,9 +406,7 @@ class Run:
 
     def train(self):
         """Trains the remaining epochs, from any step. (`keras.Model.fit` can only start at the beginning of an epoch.)
-
-        Raises KeyboardInterrupt after saving the state, or OSError if saving fails.
-        """
+        Raises KeyboardInterrupt after saving the state, or OSError if saving fails."""
         self.folder.mkdir(exist_ok=True)
         self.start = time.perf_counter() - self.seconds
         if not self.checkpoint.exists():
@@ -490,8 +486,7 @@ def train(options, task):
     """Starts or continues a run, then evaluates it."""
     folder = options.run_dir
     with locked(folder):
-        repeated = options.ablate or RESTARTS != "0"  # the same command continues
-        if repeated and (folder / "config.json").exists():
+        if (options.ablate or RESTARTS != "0") and (folder / "config.json").exists():  # the same command continues
             refuse_changes(options, read_config(folder), {"data_dir"})
             options.resume = True
         if not options.resume and any(path.name != "new-config.json" for path in folder.iterdir()):
@@ -500,8 +495,8 @@ def train(options, task):
             print(f"{folder} holds a finished run: nothing to do")
         else:
             train_models(options, task)
-        for checkpoint in folder.rglob("checkpoint.pt") if RANK == 0 else ():
-            checkpoint.unlink()
+        for checkpoint in folder.rglob("checkpoint.pt"):
+            checkpoint.unlink(missing_ok=True)
 
 
 def train_models(options, task):
