@@ -364,7 +364,7 @@ class Run:
 
     def __init__(self, folder, model, epochs, batches, validation, save_every):
         self.folder, self.model, self.epochs, self.batches, self.validation = folder, model, epochs, batches, validation
-        self.save_every, self.signal, self.checkpoint = save_every, None, folder / "checkpoint.pt"
+        self.save_every, self.signal, self.checkpoint = save_every, 0, folder / "checkpoint.pt"
         self.epoch, self.step = 0, 0  # complete epochs, and complete steps of the current epoch
         self.seconds, self.shown, self.history = 0.0, -math.inf, []
         if self.checkpoint.exists() or (folder / "history.csv").exists():
@@ -425,7 +425,7 @@ class Run:
         values = [logs["loss"], *(variable.value for variable in self.model.trainable_variables if save)]
         failed = ~torch.stack([torch.isfinite(value).all() for value in values]).all()
         if PROCESSES > 1:  # all stop at the same step
-            flags = torch.stack([failed.int(), torch.full_like(failed, stop or 0, dtype=torch.int32)])
+            flags = torch.stack([failed.int(), torch.full_like(failed, stop, dtype=torch.int32)])
             torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
             failed, stop = flags.tolist()
         if failed:
@@ -605,9 +605,8 @@ def evaluate(options, task):
         refuse(f"{options.dataset} has {numbers[0]}, the model of {folder} has {numbers[1]}: use a matching --dataset")
     size = "" if options.image_size == read_config(folder)["image_size"] else f"-{options.image_size}"
     target = folder / f"evaluation-{file_name(options.dataset)}{size}"
-    # ValueError: for images of another size than a teacher's
     with locked(target), refusing(f"evaluate {folder} on {options.dataset}", "use a matching dataset", ValueError):
-        write_json(target / "results.json", report(options, task, dataset, target))
+        write_json(target / "results.json", report(options, task, dataset, target))  # a teacher has one image size
     print(target)
 
 
