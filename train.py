@@ -583,6 +583,8 @@ def report(options, task, dataset, target):
                    "bbox_map_50": "mAP@0.5 of boxes {:.1%}", "segm_map_50": "mAP@0.5 of masks {:.1%}"}
         shown = [text.format(metrics[metric]) for metric, text in formats.items() if metric in metrics]
         print(f"{name}: {', '.join(shown)} on {len(dataset.test):,} examples; {model.count_params():,} parameters")
+    if PROCESSES > 1:
+        torch.distributed.destroy_process_group()  # otherwise a process can abort when it exits
     if RANK:
         raise SystemExit
     count = min(len(dataset.test), 1000, max(8, 2**20 // math.prod(dataset.image_shape[:2])))
@@ -759,10 +761,7 @@ def main(arguments=None):
                ablate if options.ablate else train)
     try:
         with signal_handler(interrupt):
-            status = command(options, task) or 0
-        if PROCESSES > 1:
-            torch.distributed.destroy_process_group()  # without it, a process can abort when it exits
-        return status
+            return command(options, task) or 0
     except data.DataError as error:
         refuse(error)
     except OSError as error:
