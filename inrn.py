@@ -303,23 +303,9 @@ class INReBlock(keras.layers.Layer):
 
 
 class LearnedMaps(keras.layers.Layer):
-    """The embedding of a picture: maps of features (1, h/s, w/s, s channels) for s = 1, 2 and 4, sides rounded up,
-    which are learned and interpolated to (h, w). Coarse maps hold what neighbours have in common in few parameters."""
-
-    def __init__(self, height, width, channels, **kwargs):
-        super().__init__(**kwargs)
-        self.maps = [self.add_weight(shape=(1, -(-height // scale), -(-width // scale), scale * channels),
-                                     initializer=keras.initializers.RandomNormal(stddev=0.1)) for scale in (1, 2, 4)]
-        self.built = True
-
-    def call(self, times):
-        size = self.maps[0].shape[1:3]
-        return ops.concatenate([ops.image.resize(x, size, data_format="channels_last") for x in self.maps], axis=-1)
-
-
-class TimeMaps(keras.layers.Layer):
-    """The embedding of a video: maps of features at `count` equally spaced times, (count, h, w, channels), which are
-    learned and interpolated linearly: times (N,) -> (N, h, w, channels), appended to features (N, h, w, D) if given."""
+    """Learned features of a picture (count 1) or of a video: maps (count, h, w, channels) at equally spaced times,
+    interpolated linearly between them: times (N,) -> (N, h, w, channels). If features (N, H, W, D) are given, the maps
+    are interpolated to H × W (bilinear) and appended: (N, H, W, D + channels)."""
 
     def __init__(self, count, height, width, channels, **kwargs):
         super().__init__(**kwargs)
@@ -331,7 +317,11 @@ class TimeMaps(keras.layers.Layer):
         steps = self.maps.shape[0] - 1
         distances = ops.abs((times[:, None] + 1) / 2 * steps - ops.arange(steps + 1, dtype="float32"))  # in steps
         maps = ops.tensordot(ops.relu(1 - distances), self.maps, 1)
-        return maps if features is None else ops.concatenate([features, maps], axis=-1)
+        if features is None:
+            return maps
+        if maps.shape[1:3] != features.shape[1:3]:
+            maps = ops.image.resize(maps, features.shape[1:3], data_format="channels_last")
+        return ops.concatenate([features, maps], axis=-1)
 
 
 def sines_and_cosines(angles):
@@ -343,13 +333,13 @@ def single_stage(size, frames, parameters, width, blocks, compression, activatio
     """Layers of INRN: times (N,) -> colours (1, H/p, W/p, 3p²) of a picture, or (N, H, W, 3) of a video of `frames`. H
     and W are the size, rounded up to whole cells: a position of the first features stands for a cell of pixels.
 
-    Blocks double the resolution, each with 0.8 times the width of the last. The features of a picture are learned maps,
-    with about half of the parameters; further blocks keep the resolution, and a last layer draws p² pixels for each
-    position (p ≤ 4). Those of a video are `TimeMaps`, and each further block gets some more. Each of these has a tenth
-    of the parameters, for 20 times if that leaves four channels or more, otherwise for fewer; with a single one, at
-    high resolutions, it holds what all frames share. nerv: as NeRV (Chen et al., NeurIPS 2021), two dense layers
-    compute the features from sines and cosines of the time; the blocks are 3×3 convolution, GELU and `depth_to_space`,
-    and a convolution is the last layer.
+    Blocks double the resolution, each with 0.8 times the width of the last. The features of a picture are `LearnedMaps`
+    at three resolutions, with about half of the parameters: coarse ones hold what neighbours have in common. Further
+    blocks keep the resolution, and a last layer draws p² pixels for each position (p ≤ 4). In a video, each block gets
+    maps of its resolution with a tenth of the parameters, for 20 times if that leaves four channels or more, otherwise
+    for fewer; with a single one, at high resolutions, they hold what all frames share. nerv: as NeRV (Chen et al.,
+    NeurIPS 2021), two dense layers compute the features from sines and cosines of the time; the blocks are 3×3
+    convolution, GELU and `depth_to_space`, and a convolution is the last layer.
     """
     time = frames > 1
     # Of the first features. For a picture, 7/4 × 2 channels at each of them have half of the parameters.
@@ -365,7 +355,8 @@ def single_stage(size, frames, parameters, width, blocks, compression, activatio
         inputs, layers = 0, []
     else:
         inputs, channels = width, max(1, round(parameters / 3.5 / math.prod(grid)))
-        layers = [LearnedMaps(*grid, channels, dtype="float32"), dense(7 * channels, width)]
+        layers = [LearnedMaps(1, *[-(-side // scale) for side in grid], scale * channels, dtype="float32")
+                  for scale in (1, 2, 4)] + [dense(7 * channels, width)]
     doublings = round(math.log2(cell / patch))
     for number in range(doublings if time else max(blocks, doublings + 1)):
         double, (height, breadth) = number < doublings, (side * 2**number for side in grid)
@@ -375,7 +366,7 @@ def single_stage(size, frames, parameters, width, blocks, compression, activatio
             values = int(parameters / 10 / (height * breadth)) if time else 0  # for each position
             if values:
                 channels = min(values, max(4, values // min(frames, 20)))
-                layers.append(TimeMaps(min(frames, values // channels), height, breadth, channels, dtype="float32"))
+                layers.append(LearnedMaps(min(frames, values // channels), height, breadth, channels, dtype="float32"))
                 inputs += channels
             outputs = 3 if time and number == doublings - 1 else width
             layers.append(INReBlock(inputs, outputs, compression, 1, activation, hybrid, 1 + double, dtype="float32"))
@@ -468,7 +459,7 @@ class PictureFit(GroupTrained):
         first, *layers = self.network
         x = first(times)
         for layer in layers:
-            x = layer(times, x) if isinstance(layer, TimeMaps) else layer(x)
+            x = layer(times, x) if isinstance(layer, LearnedMaps) else layer(x)
         x = pixels(x, math.isqrt(x.shape[-1] // 3))[:, :self.size[0], :self.size[1]]
         return ops.broadcast_to(x, (len(times), *x.shape[1:]))
 

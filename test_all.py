@@ -613,9 +613,10 @@ def test_inrn_draws_like_plain_pytorch(frames, parameters, scales):
     model, times = stirred(inrn.PictureFit("inrn", (60, 90), frames, parameters), 0.02), torch.tensor([-0.625, 0.5, 1])
     time, layers, x = frames > 1, model.network, torch.zeros(3, 2, 3, 0)
     if not time:
-        start, first, *layers, last = layers
-        x = [functional.interpolate(maps.value.permute(0, 3, 1, 2), start.maps[0].shape[1:3], mode="bilinear")
-             for maps in start.maps]
+        *start, first = layers[:4]
+        *layers, last = layers[4:]
+        x = [functional.interpolate(layer.maps.value.permute(0, 3, 1, 2), start[0].maps.shape[1:3], mode="bilinear")
+             for layer in start]
         x = plain_dense(first, torch.cat(x, 1).permute(0, 2, 3, 1))
     blocks = [layer for layer in layers if isinstance(layer, inrn.INReBlock)]
     assert [block.upscale for block in blocks] == scales

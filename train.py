@@ -79,13 +79,13 @@ def refuse(message):
 
 
 @contextlib.contextmanager
-def refusing(task, advice, errors=Exception):
+def refusing(action, advice, errors=Exception):
     """Exits with a one-line message if the body raises one of the errors."""
     try:
         yield
     except errors as error:  # an ImportError says which package to install
         refuse(error if isinstance(error, ImportError) else
-               f"cannot {task} ({type(error).__name__}: {str(error)[:200]}): {advice}")
+               f"cannot {action} ({type(error).__name__}: {str(error)[:200]}): {advice}")
 
 
 def number(kind, lowest):
