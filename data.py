@@ -32,13 +32,13 @@ class DataError(ValueError):
 
 
 @contextlib.contextmanager
-def explained(problem, advice=""):
-    """Turns an exception of any type into a DataError with the problem, the exception, and the advice."""
+def explained(problem, advice="", errors=Exception):
+    """Turns exceptions of the given types, but not a DataError, into one with the problem, the cause and the advice."""
     try:
         yield
     except DataError:
         raise
-    except Exception as error:
+    except errors as error:
         cause = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         raise DataError(f"{problem} ({cause})" + (advice and f": {advice}")) from error
 
@@ -121,7 +121,8 @@ def load(name, data_dir=None, image_size=None, seed=0, points=None, squash=False
     size = image_size or 28
     read = lambda indices, factor=1: shapes(indices, factor * size, seed=seed)
     finer = lambda count, factor: scale(read(range(10_000, 10_000 + count), factor)[0])
-    return Dataset(Split(10_000, read), Split(2_000, read, 10_000), (size, size, 1), SHAPES, True, finer=finer)
+    return Dataset(Split(10_000, read), Split(2_000, read, 10_000), (size, size, 1), SHAPES, flip=True,
+                   finer=finer)
 
 
 def load_frames(name, data_dir=None, image_size=None, seed=0, points=None, squash=False):
@@ -163,11 +164,9 @@ def load_objects(name, data_dir=None, image_size=None, seed=0, points=None, squa
     2017 as downloaded. The images (size, size, 3) are scaled to fit and padded with grey on the right or at the bottom.
 
     image_size: default 128 for scenes; COCO needs one. masks: whether the labels contain them. Ignores the other
-    arguments but seed. Raises DataError for other names, and as `open_coco` does.
+    arguments but seed. Raises DataError for other names, COCO without image_size or with different categories in its
+    parts, and as `open_coco` does.
     """
-    with explained("objects in images need pycocotools",
-                   "pip install torchvision==0.28.0 torchmetrics==1.9.0 pycocotools==2.0.11"):
-        import pycocotools.coco
     if name == "scenes":
         size, names = image_size or 128, SHAPES
         read = lambda indices: scenes(indices, size, seed, masks)
@@ -381,14 +380,15 @@ def _reader(builder, split, image_size, squash):
 
     def read(indices):
         try:  # __getitems__ decodes many examples together in half the time
-            examples = source().__getitems__(indices.tolist()) if random_access else [source()[i] for i in indices]
+            examples = ([finish(example) for example in source().__getitems__(indices.tolist())] if random_access else
+                        [source()[index] for index in indices])
         except Exception:  # one at a time, to find the broken one
             examples = []
             for index in indices:
                 with explained(f"cannot read example {index} of the split {split!r} in {builder.data_path}",
                                "restore its files, or prepare it again"):
-                    examples.append(source()[index])
-        images, labels = zip(*map(finish, examples) if random_access else examples)
+                    examples.append(finish(source()[index]) if random_access else source()[index])
+        images, labels = zip(*examples)
         if min(labels) < 0:
             raise DataError(f"the split {split!r} of {builder.name} has no labels")
         return np.stack(images), np.array(labels, np.int64)
@@ -404,8 +404,8 @@ class Objects(Split):
     objects: boxes `float32` (n, M, 4), left, top, right and bottom in pixels; labels (n, M), -1 where there is no
     object; crowd (n, M), 1 for a region of several objects; and, where they are read, masks `uint8` (n, M, H, W).
 
-    read: indices -> square images `uint8`, and for each a dict of arrays of its own objects, with packed masks: a byte
-    has eight pixels of a row.
+    read: indices -> square images `uint8`, and for each a dict of arrays of its own m objects, with packed masks (m, H,
+    W/8 rounded up): a byte has eight pixels of a row. Masks are kept in addition to the `room` for images.
     """
 
     def examples(self, indices, rng=None, augmented=False, flip=False, share=slice(None)):
@@ -418,8 +418,9 @@ class Objects(Split):
         if augmented:
             draws = rng.random((len(indices), 4))[share]
             images, targets = zip(*[_jitter(*one, flip) for one in zip(images, targets, draws)])
-        labels = {name: torch.nn.utils.rnn.pad_sequence([torch.tensor(target[name]) for target in targets], True,
-                                                        -1 if name == "labels" else 0).numpy() for name in targets[0]}
+        labels = {name: torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(target[name]) for target in targets], batch_first=True,
+            padding_value=-1 if name == "labels" else 0).numpy() for name in targets[0]}
         return scale(np.stack(images)), labels
 
 
@@ -459,8 +460,8 @@ def open_coco(folder, part, size, masks):
     """The `Objects` of a part of COCO 2017, "train2017" or "val2017", as its folder is downloaded, the names of its
     classes, and the number of boxes without area, which are left out. So are training images without objects. Raises
     DataError for missing files, unreadable annotations, and annotations of unknown images or classes."""
-    from pycocotools import coco
-
+    with explained("coco needs pycocotools", "pip install torchvision==0.28.0 torchmetrics==1.9.0 pycocotools==2.0.11"):
+        from pycocotools import coco
     file, pictures = os.path.join(folder, "annotations", f"instances_{part}.json"), os.path.join(folder, part)
     with explained(f"cannot use {file}", "set --data-dir to the folder of COCO 2017 with annotations, train2017 and "
                    "val2017 (https://cocodataset.org)"):
@@ -468,6 +469,7 @@ def open_coco(folder, part, size, masks):
             index = coco.COCO(file)
         if absent := {image["file_name"] for image in index.imgs.values()} - {*os.listdir(pictures)}:
             raise ValueError(f"{len(absent)} images, such as {min(absent)}, are not in {part}")
+        sides = {image: np.array([index.imgs[image][side] for side in ("width", "height")]) for image in index.imgs}
         numbers = {number: i for i, number in enumerate(sorted(index.cats))}
         names = [index.cats[number]["name"] for number in numbers]
         for one in index.dataset["annotations"]:
@@ -481,8 +483,8 @@ def open_coco(folder, part, size, masks):
         if not images:
             raise ValueError("there are no images with objects")
 
-    def pad(picture, method, color=None):
-        """A Pillow image, scaled to fit into size × size and padded on the right or at the bottom (None: with 0)."""
+    def pad(picture, method, color=0):
+        """A Pillow image, scaled to fit into size × size and padded on the right or at the bottom."""
         return np.asarray(ImageOps.pad(picture, (size, size), method, color, centering=(0, 0)))
 
     def read(indices):
@@ -491,8 +493,7 @@ def open_coco(folder, part, size, masks):
             found = objects[image]
             picture = _open(os.path.join(pictures, index.imgs[image]["file_name"]), "RGB", turn=False)
             padded.append(pad(picture, Image.BILINEAR, (128,) * 3))
-            sides = np.array(picture.size)
-            factors = np.rint(size * sides / sides.max()) / sides
+            factors = np.rint(size * sides[image] / sides[image].max()) / sides[image]  # of a file of another size, too
             boxes = np.reshape([one["bbox"] for one in found], (-1, 2, 2)).cumsum(axis=1) * factors
             drawn = [pad(Image.fromarray(index.annToMask(one)), Image.NEAREST) for one in found] if masks else None
             targets.append(_target(size, boxes, [numbers[one["category_id"]] for one in found],
@@ -576,7 +577,8 @@ def load_surfaces(name, data_dir=None, image_size=None, seed=0, points=None):
         raise DataError(f"{name} has surfaces, not images: remove --image-size, and use --method mwt")
     sizes = [(sets, max(1, int(fraction * (1024 if name == "solids" else POINTS)))) for sets, fraction in points]
     if name == "solids":
-        read, measure, counts, names = lambda indices: solids(indices, seed), solid_distances, (30_000, 2_000), SOLIDS
+        read, measure = functools.partial(solids, seed=seed), solid_distances
+        counts, names = (30_000, 2_000), SOLIDS
     else:
         folder = data_dir or "."
         parts = [sorted(glob.glob(os.path.join("*", split, "*.off"), root_dir=folder)) for split in ("train", "test")]
@@ -586,7 +588,7 @@ def load_surfaces(name, data_dir=None, image_size=None, seed=0, points=None):
         paths, counts = sum(parts, []), [*map(len, parts)]
         names, labels = np.unique([path.split(os.sep)[0] for path in paths], return_inverse=True)
         meshes = functools.cache(lambda: _read_meshes(folder, paths))
-        read, measure = lambda indices: (meshes()[indices], labels[indices]), point_distances
+        read, measure = (lambda indices: (meshes()[indices], labels[indices])), point_distances
     train, test = (Surfaces(count, read, measure, sizes, first) for first, count in zip((0, counts[0]), counts))
     return Dataset(train, test, (*sizes[1], 1), tuple(map(str, names)), finer=test.volumes, axes=3)
 
@@ -704,7 +706,7 @@ def _read_meshes(folder, paths):
     if not os.path.exists(cache):
         gc.freeze()  # otherwise the garbage collector searches all of Keras's objects, for half of the time
         progress = keras.utils.Progbar(len(paths), interval=0.2 if sys.stdout.isatty() else 30, unit_name="mesh")
-        with (explained(f"cannot write {cache}", f"{len(paths) * 197e-6:.2f} GB needed"),
+        with (explained(f"cannot write {cache}", f"{len(paths) * 197e-6:.2f} GB needed", OSError),
               tempfile.TemporaryDirectory(dir=folder) as temporary):
             with open(os.path.join(temporary, "points"), "wb") as file:
                 for count, path in enumerate(paths, 1):

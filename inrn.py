@@ -173,10 +173,11 @@ class GroupTrained(keras.Model):
     """Base of models with an optimizer for each group of their variables.
 
     A subclass defines score(data, training), which returns the loss of a batch, a scalar, and updates the metrics, and
-    `trackers`, its metrics. With a teacher, `teach` returns its features, and `alignment` are the 1×1 convolutions that
-    only the training needs (equation 3)."""
+    `trackers`, its metrics. With a teacher, `teach` is a function that returns its features, and `alignment` are the
+    1×1 convolutions that only the training needs (equation 3)."""
 
-    __new__ = keras.Layer.__new__  # makes the constructor's arguments the config; that of keras.Model forgets them
+    # Keras records a layer's constructor arguments (numbers, strings, lists) as its config, but not a model's.
+    __new__ = keras.Layer.__new__
     alignment, teach = (), None
 
     def variable_groups(self):
@@ -456,12 +457,13 @@ class PictureFit(GroupTrained):
 
     def call(self, times):
         """Frames (N, H, W, 3) at times (N,)."""
-        first, *layers = self.network
+        count, (first, *layers) = len(times), self.network
+        times = times if self.frames > 1 else times[:1]  # all are the same picture
         x = first(times)
         for layer in layers:
             x = layer(times, x) if isinstance(layer, LearnedMaps) else layer(x)
         x = pixels(x, math.isqrt(x.shape[-1] // 3))[:, :self.size[0], :self.size[1]]
-        return ops.broadcast_to(x, (len(times), *x.shape[1:]))
+        return ops.broadcast_to(x, (count, *x.shape[1:]))
 
     def render(self, times, height, width):
         """Frames (N, height, width, 3) at times (N,), computed one by one: a `float32` array in [-1, 1]. Other sizes
@@ -518,7 +520,7 @@ class INRN(keras.Model):
     ValueError for invalid arguments.
     """
 
-    __new__ = keras.Layer.__new__  # as in `GroupTrained`
+    __new__ = keras.Layer.__new__  # makes the arguments the config, as in `GroupTrained`
 
     def __init__(self, channels=1, num_classes=10, widths="32,64,96,128", blocks="1,3,16,3", stem_stride=1,
                  compression=0.5, activation="gelu", hybrid="interleaved", **kwargs):
@@ -604,6 +606,8 @@ def match_layers(teacher, student, image_shape, names=()):
     first = next((i for i, layer in enumerate(teacher.layers)
                   if layer.weights and not isinstance(layer, keras.layers.Normalization)), 0)
     layers = {layer.name: layer for layer in teacher.layers[first:] if len(getattr(layer.output, "shape", ())) == 4}
+    if not layers:
+        raise ValueError("the teacher has no layer with an output (N, h, w, D): use a convolutional one, or none")
     image, matched = ops.zeros((1, *image_shape)), {}
     with torch.no_grad():
         stages = student.stage_outputs(image)
@@ -612,7 +616,7 @@ def match_layers(teacher, student, image_shape, names=()):
         except (RuntimeError, ValueError) as error:
             shapes = ", ".join(str(tuple(x.shape[1:])) for x in teacher.inputs)
             raise ValueError(f"the teacher takes {shapes}, the images are {tuple(image_shape)}: use another teacher or "
-                             "larger images") from error
+                             f"larger images ({' '.join(str(error).split())[:120]})") from error
     if names:
         if len(names) != 4 or not {*names} <= {*layers}:
             raise ValueError(f"the teacher's layers must be four of {', '.join(layers)}; they are {', '.join(names)}")
@@ -795,7 +799,8 @@ class Detector(GroupTrained):
     ValueError for invalid arguments, and ImportError without torchvision, torchmetrics and pycocotools, which nothing
     else here needs.
 
-    Metrics: in training loss, its parts with torchvision's names, and distillation; otherwise `AveragePrecision`.
+    Metrics: in training loss, its parts with torchvision's names and, with a teacher, distillation; otherwise
+    `AveragePrecision`.
     """
 
     def __init__(self, num_classes=10, size=128, masks=False, backbone="inrn", pyramid_width=64, head_width=256,
@@ -858,10 +863,11 @@ class Detector(GroupTrained):
                 pyramid = lambda images: model.pyramid(model.stages(images))
             levels = lambda images: [x.permute(0, 2, 3, 1) for x in list(pyramid(images).values())[:4]]
             self.teach = torch.no_grad()(levels)
-            taught, stages = self.teach(image), self.stages(image)
+            taught = self.teach(image)
         except Exception as error:  # no network, no such file, no detector: of many types
             raise ValueError(f"cannot load the teacher {teacher} ({type(error).__name__}: {str(error)[:160]}): use "
                              "none, a detector of torchvision.models.detection or the .keras file of one") from error
+        stages = self.stages(image)
         if [x.shape[1:3] for x in taught] != [x.shape[1:3] for x in stages]:
             raise ValueError("the levels of the teacher's pyramid must have the resolutions of the four stages")
         self.feature_weight, self.trackers["distillation"] = feature_weight, keras.metrics.Mean(name="distillation")

@@ -1108,7 +1108,8 @@ def test_detection_without_torchvision_is_refused(tmp_path, refused, monkeypatch
         assert "pip install torchvision" in refused("--method", "inrn", "--task", "detect", "--validation-images", 4,
                                                     "--run-dir", tmp_path / "run")
     monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
-    assert "pip install torchvision" in refused("--method", "inrn", "--task", "segment", "--run-dir", tmp_path / "run")
+    assert "pip install torchvision" in refused("--method", "inrn", "--task", "segment", "--dataset", "coco",
+                                                "--image-size", 64, "--run-dir", tmp_path / "run")
 
 
 # ---- data.py ----
@@ -1208,6 +1209,7 @@ def test_coco_is_read(coco, capsys):
     (lambda folder, content: content["annotations"][0].update(image_id=5), "annotation 1 is of image 5"),
     (lambda folder, content: content["annotations"][0].update(category_id=5), "category 5"),
     (lambda folder, content: content["annotations"][0].pop("iscrowd"), "KeyError: 'iscrowd'"),
+    (lambda folder, content: content["images"][0].pop("width"), "KeyError: 'width'"),
     (lambda folder, content: content["categories"].append({"id": 91, "name": "cow"}), "differ"),
     (lambda folder, content: content["annotations"].clear(), "no images with objects"),
     (lambda folder, content: content.pop("images"), "instances_train2017.json"),
@@ -1663,7 +1665,7 @@ def test_image_operations_of_hyperinr(runs):
     odd, _ = hyperinr.report({"hyperinr": model}, np.zeros((3, 13, 13, 1), "float32"), None, (), None)
     assert odd["psnr"]["bilinear"] > 40 and odd["psnr"]["mean-filled"] > 40
     fits = results["a SIREN for each of 100 images"]
-    assert 0 < fits["steps to the psnr of INR"] < 51
+    assert 0 < fits["steps to the psnr of INR (at most 51)"] < 51
     assert fits["psnr after 5 steps"] < fits["psnr after 20 steps"] < fits["psnr after 50 steps"]
 
 

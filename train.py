@@ -58,7 +58,8 @@ try:
 except ImportError:  # Windows
     fcntl = resource = None
 
-with mock.patch.dict(sys.modules, tensorflow=None):  # Keras looks for it once and would import it, which takes seconds
+# Keras looks for TensorFlow at its first use and would import it, which takes seconds. None stands for "not installed".
+with mock.patch.dict(sys.modules, tensorflow=None):
     keras.utils.set_random_seed(0)
 
 METHODS = ("mwt", "hyperinr", "inrn")
@@ -83,8 +84,8 @@ def refusing(action, advice, errors=Exception):
     """Exits with a one-line message if the body raises one of the errors."""
     try:
         yield
-    except errors as error:  # an ImportError says which package to install
-        refuse(error if isinstance(error, ImportError) else
+    except errors as error:
+        refuse(error if isinstance(error, (ImportError, data.DataError)) else  # these say what to do
                f"cannot {action} ({type(error).__name__}: {str(error)[:200]}): {advice}")
 
 
@@ -477,8 +478,9 @@ def build(options, task, dataset, steps_per_epoch):
             models = task.build(options, dataset, steps_per_epoch)
     except (ValueError, ImportError) as error:
         refuse(error)
-    for optimizer in [optimizer for _, model, _ in models if PROCESSES > 1 for optimizer in model.optimizers]:
-        optimizer.apply = functools.partial(apply_mean, optimizer.apply)
+    for optimizer in [optimizer for _, model, _ in models for optimizer in model.optimizers]:
+        if PROCESSES > 1:
+            optimizer.apply = functools.partial(apply_mean, optimizer.apply)
     return models
 
 
@@ -607,8 +609,9 @@ def evaluate(options, task):
         refuse(f"{options.dataset} has {numbers[0]}, the model of {folder} has {numbers[1]}: use a matching --dataset")
     size = "" if options.image_size == read_config(folder)["image_size"] else f"-{options.image_size}"
     target = folder / f"evaluation-{file_name(options.dataset)}{size}"
-    with locked(target), refusing(f"evaluate {folder} on {options.dataset}", "use a matching dataset", ValueError):
-        write_json(target / "results.json", report(options, task, dataset, target))  # a teacher has one image size
+    advice = "use a matching --dataset and --image-size"  # a teacher, for example, takes images of one size
+    with locked(target), refusing(f"evaluate {folder} on {options.dataset}", advice, ValueError):
+        write_json(target / "results.json", report(options, task, dataset, target))
     print(target)
 
 
@@ -727,11 +730,11 @@ def benchmark(options, task):
     matrix = torch.ones(side, side, dtype=getattr(torch, options.precision.removeprefix("mixed_")), device=device)
     rate = 2 * side**3 / seconds(lambda: matrix @ matrix) / 1e9
     data_seconds = seconds(lambda: batches[np.random.randint(len(batches))])
-    figures = {"ms_per_step": 1e3 * step_seconds, "forward_ms": 1e3 * step_seconds - backward - optimizer,
-               "backward_ms": backward, "optimizer_ms": optimizer, "data_ms": 1e3 * data_seconds,
-               "images_per_second": options.batch_size / step_seconds, "peak_memory_mb": memory,
-               "gflop_per_step": gflop, "matmul_gflops": rate, "share_of_matmul_rate": gflop / step_seconds / rate}
-    print(json.dumps({name: value and round(value, 3) for name, value in figures.items()}))
+    measured = {"ms_per_step": 1e3 * step_seconds, "forward_ms": 1e3 * step_seconds - backward - optimizer,
+                "backward_ms": backward, "optimizer_ms": optimizer, "data_ms": 1e3 * data_seconds,
+                "images_per_second": options.batch_size / step_seconds, "peak_memory_mb": memory,
+                "gflop_per_step": gflop, "matmul_gflops": rate, "share_of_matmul_rate": gflop / step_seconds / rate}
+    print(json.dumps({name: value and round(value, 3) for name, value in measured.items()}))  # None: no memory figure
 
 
 def keep_freed_memory():
