@@ -141,7 +141,8 @@ FIT_HYPERPARAMETERS = {
     "compression": (2.0, HYPERPARAMETERS["compression"][1]),
     **{name: HYPERPARAMETERS[name] for name in ("activation", "hybrid")},
     "alpha": (0.7, "weight of the squared error in the loss; 1 - SSIM has weight 1 - alpha"),
-    "rate": (1e-2, "initial learning rate of INRN"),
+    "rate": (0.0, "initial learning rate of INRN (0: 8e-3 for 100,000 parameters; it falls with the square root of their "
+             "number, and is at most 1e-2)"),
     "siren_rate": (1e-3, "initial learning rate of the SIREN"),
     "relu_rate": (3e-3, "initial learning rate of the ReLU MLP"),
     "nerv_rate": (5e-3, "initial learning rate of the network of NeRV's blocks"),
@@ -149,7 +150,7 @@ FIT_HYPERPARAMETERS = {
     "epochs": (20, "number of epochs; an epoch shows each frame equally often, at least 200 frames in all"),
 }
 FIT_QUICK = {name: value for name, (value, _) in FIT_HYPERPARAMETERS.items()}
-FIT_PRESETS = {"quick": FIT_QUICK, "video": FIT_QUICK | dict(parameters=200_000, rate=8e-3, batch_size=2)}
+FIT_PRESETS = {"quick": FIT_QUICK, "video": FIT_QUICK | dict(parameters=200_000, batch_size=2)}
 
 
 @keras.saving.register_keras_serializable("inrn")
@@ -337,10 +338,10 @@ def single_stage(size, frames, parameters, width, blocks, compression, activatio
     Blocks double the resolution, each with 0.8 times the width of the last. The features of a picture are `LearnedMaps`
     at three resolutions, with about half of the parameters: coarse ones hold what neighbours have in common. Further
     blocks keep the resolution, and a last layer draws p² pixels for each position (p ≤ 4). In a video, each block gets
-    maps of its resolution with a tenth of the parameters, for 20 times if that leaves four channels or more, otherwise
-    for fewer; with a single one, at high resolutions, they hold what all frames share. nerv: as NeRV (Chen et al.,
-    NeurIPS 2021), two dense layers compute the features from sines and cosines of the time; the blocks are 3×3
-    convolution, GELU and `depth_to_space`, and a convolution is the last layer.
+    maps of its resolution with a tenth of the parameters, for 20 times (or each frame) if that leaves four channels or
+    more, otherwise for fewer; with a single one, at high resolutions, they hold what all frames share. nerv: as NeRV
+    (Chen et al., NeurIPS 2021), two dense layers compute the features from sines and cosines of the time; the blocks
+    are 3×3 convolution, GELU and `depth_to_space`, and a convolution is the last layer.
     """
     time = frames > 1
     # Of the first features. For a picture, 7/4 × 2 channels at each of them have half of the parameters.
@@ -366,7 +367,8 @@ def single_stage(size, frames, parameters, width, blocks, compression, activatio
         else:
             values = int(parameters / 10 / (height * breadth)) if time else 0  # for each position
             if values:
-                channels = min(values, max(4, values // min(frames, 20)))
+                # As for at least 8 times: a block that gets very many channels would exceed the number of parameters.
+                channels = min(values, max(4, values // min(max(frames, 8), 20)))
                 layers.append(LearnedMaps(min(frames, values // channels), height, breadth, channels, dtype="float32"))
                 inputs += channels
             outputs = 3 if time and number == doublings - 1 else width
@@ -992,7 +994,10 @@ def build_fits(options, dataset, steps_per_epoch):
         keras.utils.set_random_seed(options.seed)  # the same initial weights beside other networks
         model = PictureFit(network or "inrn", dataset.image_shape[:2], frames, parameters, width, options.blocks,
                            options.compression, options.activation, options.hybrid, options.alpha)
-        model.compile(options.epochs * steps_per_epoch, getattr(options, f"{network}_rate" if network else "rate"))
+        # For the video in the README, 8e-3 is best with 100,000 parameters, and 4e-3 with 400,000.
+        automatic = min(1e-2, 8e-3 * (100_000 / options.parameters) ** 0.5)
+        rate = getattr(options, f"{network}_rate") if network else options.rate or automatic
+        model.compile(options.epochs * steps_per_epoch, rate)
         models.append((network, model, options.epochs))
         parameters, width = models[0][1].count_params(), 0  # the others have at most as many as INRN
     return models

@@ -18,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 import warnings
 from unittest import mock
 
@@ -637,6 +638,13 @@ def test_inrn_draws_like_plain_pytorch(frames, parameters, scales):
     larger = functional.interpolate(expected.permute(0, 3, 1, 2), size=(120, 150), mode="bicubic", antialias=True)
     larger = larger.permute(0, 2, 3, 1).detach().clip(-1, 1)
     np.testing.assert_allclose(model.render(times, 120, 150), larger, atol=1e-4)
+
+
+@pytest.mark.parametrize("arguments, rate", [("", 1e-2), ("--parameters 400000", 4e-3), ("--rate 0.1", 0.1)])
+def test_the_learning_rate_of_a_fit_follows_its_number_of_parameters(arguments, rate):
+    options, task = train.parse(["--method", "inrn", "--task", "fit", *arguments.split()])
+    (_, model, _), = task.build(options, types.SimpleNamespace(test=range(2), image_shape=(64, 64, 3)), 10)
+    assert float(model.optimizers[0].learning_rate) == pytest.approx(rate)
 
 
 @pytest.mark.parametrize("network", ["siren", "relu", "nerv"])
