@@ -461,12 +461,12 @@ def open_coco(folder, part, size, masks):
     classes, and the number of boxes without area, which are left out. So are training images without objects. Raises
     DataError for missing files, unreadable annotations, and annotations of unknown images or classes."""
     with explained("coco needs pycocotools", "pip install torchvision==0.28.0 torchmetrics==1.9.0 pycocotools==2.0.11"):
-        from pycocotools import coco
+        import pycocotools.coco
     file, pictures = os.path.join(folder, "annotations", f"instances_{part}.json"), os.path.join(folder, part)
     with explained(f"cannot use {file}", "set --data-dir to the folder of COCO 2017 with annotations, train2017 and "
                    "val2017 (https://cocodataset.org)"):
         with contextlib.redirect_stdout(io.StringIO()):
-            index = coco.COCO(file)
+            index = pycocotools.coco.COCO(file)
         if absent := {image["file_name"] for image in index.imgs.values()} - {*os.listdir(pictures)}:
             raise ValueError(f"{len(absent)} images, such as {min(absent)}, are not in {part}")
         sides = {image: np.array([index.imgs[image][side] for side in ("width", "height")]) for image in index.imgs}
