@@ -1279,6 +1279,19 @@ assert "tensorflow" not in sys.modules
         dataset.train[np.array([3, 5])]
 
 
+def test_the_broken_example_of_a_batch_is_named(dummy_mnist):
+    import tensorflow_datasets as tfds
+
+    class Source(list):
+        def __getitems__(self, indices):
+            return [self[index] for index in indices]
+
+    examples = [{"image": np.zeros((28, 28, 1), np.uint8), "label": 0}] * 5 + [{}] * 15
+    with (mock.patch.object(tfds.core.DatasetBuilder, "as_data_source", lambda builder, split: Source(examples)),
+          pytest.raises(data.DataError, match="example 5 of the split 'train'")):
+        data.load("dummy_mnist", dummy_mnist / "array_record").train[np.array([3, 5])]
+
+
 def test_examples_are_read_ahead_in_order_and_kept_while_there_is_room():
     read = []
 
