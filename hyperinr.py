@@ -75,7 +75,7 @@ HYPERPARAMETERS = {
     "hyper_rate": (5e-5, "learning rate of the hypernetworks and, except in pretrained, of the encoder"),
     "classifier_rate": (1e-2, "learning rate of the classifier in joint"),
     "separate_rate": (1e-3, "learning rate of the classifier in the other experiments"),
-    "classifier_epochs": (3, "further epochs that train the classifier in latent, weights and pretrained"),
+    "classifier_epochs": (3, "further epochs for the classifier in latent, weights (our choice) and pretrained"),
     "freeze_encoder": (True, "in pretrained, keep the encoder as it is after its training as a classifier"),
     "final_rate": (1.0, "final learning rates as a fraction of the initial ones, with cosine decay; 1: constant rates"),
     "batch_size": (64, "number of images per training step (our choice)"),
@@ -211,11 +211,18 @@ class HyperNetwork(keras.layers.Layer):
 # ---- Classifiers ----
 
 
-def standardize(dtype):
-    """Batch normalization, without learned scale and offset, of what a separately trained classifier sees (our choice).
-    Latents that are trained for reconstruction have a common offset and differ by 0.04 only (MNIST)."""
-    return keras.layers.BatchNormalization(center=False, scale=False, momentum=0.9, dtype=dtype.variable_dtype,
-                                           epsilon=1e-8)  # below the variances of latents and parameters
+@keras.saving.register_keras_serializable("hyperinr")
+class Standardize(keras.layers.BatchNormalization):
+    """Batch normalization of what a separately trained classifier sees (our choice). Latents that are trained for
+    reconstruction have a common offset and differ by 0.04 only (MNIST), some of the SIRENs' parameters by 0.0002.
+    Keras's own variance, the mean square minus the squared mean, can then be negative in float32."""
+
+    def _moments(self, inputs, mask):
+        mean = ops.mean(inputs, axis=0)
+        return mean, ops.mean(ops.square(inputs - mean), axis=0)
+
+
+standardize = functools.partial(Standardize, center=False, scale=False, momentum=0.9, epsilon=1e-8)
 
 
 def weight_tensor(theta):
@@ -232,7 +239,7 @@ def latent_classifier(num_classes, latent_dim, experiment, dtype):
     `pixel_encoder` is the hidden layer (section 4.2)."""
     return keras.Sequential([
         keras.Input((latent_dim,)),
-        *([] if experiment in ("joint", "pixels") else [standardize(dtype)]),
+        *([] if experiment in ("joint", "pixels") else [standardize(dtype=dtype.variable_dtype)]),
         *[keras.layers.Dense(latent_dim, "relu", dtype=dtype) for _ in range(experiment != "pretrained")],
         keras.layers.Dense(num_classes, dtype=dtype.variable_dtype),  # logits in full precision
     ], name="classifier")
@@ -244,7 +251,7 @@ def weight_classifier(num_classes, dim, depth, dtype):
     return keras.Sequential([
         keras.Input((depth + 2, dim, dim)),
         keras.layers.Flatten("channels_last", dtype=dtype.variable_dtype),
-        standardize(dtype),
+        standardize(dtype=dtype.variable_dtype),
         keras.layers.Reshape((depth + 2, dim, dim), dtype=dtype),
         keras.layers.Permute((2, 3, 1), dtype=dtype),  # the layers are the channels
         *[keras.layers.Conv2D(width, 3, 2, "same", "channels_last", activation="relu", dtype=dtype,

@@ -368,7 +368,7 @@ def single_stage(size, frames, parameters, width, blocks, compression, activatio
             values = int(parameters / 10 / (height * breadth)) if time else 0  # for each position
             if values:
                 # As for at least 8 times: a block that gets very many channels would exceed the number of parameters.
-                channels = min(values, max(4, values // min(max(frames, 8), 20)))
+                channels = min(values, max(4, values // min(max(frames, 8), 20)), max(4, math.isqrt(parameters // 40)))
                 layers.append(LearnedMaps(min(frames, values // channels), height, breadth, channels, dtype="float32"))
                 inputs += channels
             outputs = 3 if time and number == doublings - 1 else width
@@ -488,7 +488,7 @@ class PictureFit(GroupTrained):
     def score(self, data, training):
         """Equation 1: the mean over frames of alpha L2 + (1 - alpha) (1 - SSIM), where L2 is the mean squared error.
         Pictures are clipped to [-1, 1] except in training."""
-        frames, times, _ = keras.utils.unpack_x_y_sample_weight(data)
+        frames, times = (ops.cast(x, "float32") for x in keras.utils.unpack_x_y_sample_weight(data)[:2])
         if self.frames == 1:  # copies of one picture
             frames, times = frames[:1], times[:1]
         pictures = self(times) if training else ops.clip(self(times), -1, 1)
@@ -588,7 +588,10 @@ def residual_cnn(image_shape, num_classes, stem_stride=1, widths=(32, 64, 128, 1
 
 def resnet101(image_shape, weights="imagenet"):
     """The paper's teacher on ImageNet: `keras.applications.ResNet101` without its classifier, for images (H, W, C) in
-    [-1, 1], at least 32×32, where C is 1 or 3. Keras downloads the weights if they are not in its cache."""
+    [-1, 1], at least 32×32, where C is 1 or 3. Keras downloads the weights if they are not in its cache. Raises
+    ValueError if Keras's image data format is not channels_last."""
+    if keras.config.image_data_format() != "channels_last":
+        raise ValueError('this teacher needs keras.config.set_image_data_format("channels_last")')
     inputs = keras.Input(image_shape)
     x = inputs if image_shape[-1] == 3 else keras.layers.Concatenate()([inputs] * 3)
     x = keras.applications.resnet.preprocess_input(127.5 * (x + 1), data_format="channels_last")

@@ -387,8 +387,7 @@ class MWT(keras.Model):
         self.compile_config = {name: value for name, value in locals().items()
                                if name in {*PAPER, "total_steps"}}  # without jit_compile, which is not saved
         super().compile(optimizer=None, jit_compile=False)
-        if jit_compile:
-            self.siren.inner_loop = torch.compile(inner_loop, fullgraph=True)
+        self.siren.inner_loop = torch.compile(inner_loop, fullgraph=True) if jit_compile else inner_loop
         self.warmup, self.peak_rates = warmup, (siren_rate, step_size_rate, classifier_rate)
         self.steps = total_steps // 2 if self.sequential else total_steps  # of each group
         self.optimizers = [  # tracked by Keras, so they are saved and restored with the model
@@ -398,9 +397,10 @@ class MWT(keras.Model):
             optimizer.build(variables)
 
     def variable_groups(self):
-        """Variables of the SIREN, of the step sizes and of the classifier, in the order of the optimizers."""
+        """Trained variables of the SIREN, the step sizes and the classifier, in the order of the optimizers."""
         siren = self.siren
-        return [*siren.initial, siren.head, siren.head_scale], siren.step_sizes, self.classifier.trainable_variables
+        groups = [*siren.initial, siren.head, siren.head_scale], siren.step_sizes, self.classifier.variables
+        return [[variable for variable in group if variable.trainable] for group in groups]
 
     def losses(self, images, labels, sample_weight=None, training=False):
         """Logits (N, num_classes), residual (N, P, C) after the last inner step, and the mean cross entropy.

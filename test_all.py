@@ -412,6 +412,20 @@ def test_mwt_trains_like_pytorch(sequential, tmp_path):
                                tmp_path / "model.keras")
 
 
+def test_parts_of_mwt_can_be_frozen():
+    images, labels = random_batch(count=4)
+    for part in ("siren", "classifier"):
+        model = small_mwt(images, task_weight=0.5)
+        getattr(model, part).trainable = False
+        model.compile(2)
+        before = copy_of(model)
+        model.train_step((images, labels))
+        for name in ("siren", "classifier"):
+            same = [torch.equal(*pair) for pair in zip(*([variable.value for variable in getattr(x, name).variables[:9]]
+                                                         for x in (model, before)))]
+            assert all(same) if name == part else not all(same)
+
+
 # ---- hyperinr.py ----
 
 
@@ -478,6 +492,13 @@ def test_what_is_classified_is_standardized_by_statistics_of_the_model(tmp_path)
         standardized = (plain_theta(model, images)[0] - mean) / variance.sqrt()
         logits = functools.reduce(lambda x, layer: layer(x), model.classifier.layers[1:], standardized)
         np.testing.assert_allclose(model.predict(images, verbose=0), logits.detach(), rtol=1e-3, atol=1e-4)
+
+
+def test_small_differences_are_standardized():
+    values = np.float32(0.5 + 2e-4 * np.random.default_rng(0).normal(size=(64, 500))).astype("float64")
+    expected = (values - values.mean(0)) / np.sqrt(values.var(0) + 1e-8)
+    standardized = hyperinr.standardize(dtype="float32")(values.astype("float32"), training=True)
+    np.testing.assert_allclose(standardized, expected, atol=1e-2)
 
 
 def test_images_are_rendered_and_read_at_any_size():
@@ -625,7 +646,7 @@ def test_inrn_draws_like_plain_pytorch(frames, parameters, scales):
     after = [max(2, round(0.8 * width)) if scale > 1 else width for width, scale in zip(widths, scales)]
     assert widths[1:] == [*after[:-2], 3 if time else after[-2]]  # the last block of a video draws its colours
     maps = [tuple(layer.maps.shape) for layer in layers if layer not in blocks]  # each of at most 1200 parameters
-    assert maps == ([(9, 2, 3, 22), (9, 4, 6, 5), (3, 8, 12, 4), (1, 16, 24, 3)] if time else [])
+    assert maps == ([(9, 2, 3, 17), (9, 4, 6, 5), (3, 8, 12, 4), (1, 16, 24, 3)] if time else [])
     for layer in layers:
         if layer in blocks:
             x = plain_block(layer, x, functional.gelu)
@@ -678,6 +699,8 @@ def test_networks_have_the_largest_width_that_their_parameters_allow():
         width = model.network[layer].kernel.shape[-1] // factor
         same, larger = (inrn.PictureFit(network, (90, 160), frames, 20_000, width + i) for i in (0, 1))
         assert 17_000 < model.count_params() == same.count_params() <= 20_000 < larger.count_params()
+    for frames in (2, 4, 8):  # short videos have room for many channels at few positions
+        assert 18_000 < inrn.PictureFit(size=(32, 32), frames=frames, parameters=20_000).count_params() <= 20_000
     assert 12 < inrn.PictureFit("relu").network[1].kernel.value.std() < 18
     _, first, second, *_ = inrn.PictureFit("siren").network
     for layer, limit in ((first, 1 / 2), (second, math.sqrt(6 / second.kernel.shape[0]) / 30)):
@@ -791,12 +814,15 @@ def test_teacher_layers_are_matched_by_resolution_or_name():
     assert math.isfinite(distiller.train_step(random_batch(2, 16))["loss"])
 
 
-def test_resnet101_receives_images_as_in_its_training():
+def test_resnet101_receives_images_as_in_its_training(monkeypatch):
     teacher = inrn.resnet101((32, 32, 1), weights=None)
     images = random_batch(1, 32)[0]
     received = keras.Model(teacher.inputs, teacher.get_layer("conv1_pad").input)(images).numpy()
     expected = (127.5 * (images.numpy() + 1)).repeat(3, -1) - np.array([103.939, 116.779, 123.68])  # BGR means
     np.testing.assert_allclose(received, expected, rtol=1e-4, atol=1e-3)
+    monkeypatch.setattr(keras.config, "image_data_format", lambda: "channels_first")
+    with pytest.raises(ValueError, match="channels_last"):
+        inrn.resnet101((32, 32, 1), weights=None)
     student = small_inrn(stem_stride=4)
     assert len(inrn.Distiller(student, teacher, (32, 32, 1)).alignment) == 4  # it needs no classes
     with pytest.raises(ValueError, match="logits_weight at 0"):
@@ -1734,8 +1760,9 @@ def test_a_run_on_a_tfds_dataset(runs, dummy_mnist, tmp_path, refused, monkeypat
 
 @pytest.mark.parametrize("name", ["mwt", "hyperinr", "inrn"])
 def test_predict(runs, tmp_path, name, capsys, refused):
-    folder, good, bad = shutil.copytree(runs / name, tmp_path / "run"), tmp_path / "good.png", tmp_path / "bad.png"
+    folder, bad = shutil.copytree(runs / name, tmp_path / "run"), tmp_path / "bad.png"
     image = data.shapes([10_003])[0][0]
+    good = tmp_path / ("数" * 80 + ".png")  # 244 bytes
     Image.fromarray(image[:, :, 0]).save(good)
     bad.write_text("this is no picture")
     assert train.main(["--predict", str(folder), str(bad), str(good)]) == 1
@@ -1744,7 +1771,7 @@ def test_predict(runs, tmp_path, name, capsys, refused):
     best = [f"{data.SHAPES[label]} {part:.1%}" for part, label in zip(*logits[0].softmax(-1).topk(3))]
     assert output.out == f"{good}: {', '.join(best)}\n"
     assert f"cannot read {bad}" in output.err and output.err.count("\n") == 1
-    assert list((folder / "predictions").glob("1-good-*.png"))
+    assert list((folder / "predictions").glob("1-数数*.png"))
     assert "classifier" in refused("--predict", runs / "fit", good)
 
 
