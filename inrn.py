@@ -335,9 +335,9 @@ def single_stage(size, frames, parameters, width, blocks, compression, activatio
     """Layers of INRN: times (N,) -> colours (1, H/p, W/p, 3p²) of a picture, or (N, H, W, 3) of a video of `frames`. H
     and W are the size, rounded up to whole cells: a position of the first features stands for a cell of pixels.
 
-    Blocks double the resolution, each with 0.8 times the width of the last. The features of a picture are `LearnedMaps`
-    at three resolutions, with about half of the parameters: coarse ones hold what neighbours have in common. Further
-    blocks keep the resolution, and a last layer draws p² pixels for each position (p ≤ 4). In a video, each block gets
+    Blocks double the resolution. The features of a picture are `LearnedMaps` at three resolutions, with about half of
+    the parameters: coarse ones hold what neighbours have in common. Further blocks keep the resolution, and a last
+    layer draws p² pixels for each position (p ≤ 2). In a video, each block has 0.8 times the width of the last, and
     maps of its resolution with a tenth of the parameters, for 20 times (or each frame) if that leaves four channels or
     more, otherwise for fewer; with a single one, at high resolutions, they hold what all frames share. nerv: as NeRV
     (Chen et al., NeurIPS 2021), two dense layers compute the features from sines and cosines of the time; the blocks
@@ -347,7 +347,7 @@ def single_stage(size, frames, parameters, width, blocks, compression, activatio
     # Of the first features. For a picture, 7/4 × 2 channels at each of them have half of the parameters.
     positions = min(80, parameters / 2500) if time else parameters / 7
     cell = 2 ** max(int(time), round(math.log2(math.prod(size) / positions) / 2))
-    grid, patch = [-(-side // cell) for side in size], 1 if time else min(cell, 4)
+    grid, patch = [-(-side // cell) for side in size], 1 if time else min(cell, 2)
     if nerv:
         inputs, shape = 16, (*grid, 16)
         layers = [lambda times: sines_and_cosines(times[:, None] * (math.pi * 1.25 ** ops.arange(16, dtype="float32"))),
@@ -373,7 +373,7 @@ def single_stage(size, frames, parameters, width, blocks, compression, activatio
                 inputs += channels
             outputs = 3 if time and number == doublings - 1 else width
             layers.append(INReBlock(inputs, outputs, compression, 1, activation, hybrid, 1 + double, dtype="float32"))
-        inputs, width = width, max(math.ceil(compression), round(0.8 * width)) if double else width
+        inputs, width = width, max(math.ceil(compression), round(0.8 * width)) if time else width
     return layers if time and not nerv else [*layers, (convolution if nerv else dense)(inputs, 3 * patch**2)]
 
 

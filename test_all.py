@@ -629,7 +629,7 @@ def plain_ssim(a, b):
             / ((mean_x**2 + mean_y**2 + 4e-4) * (variances + 36e-4))).mean()
 
 
-@pytest.mark.parametrize("frames, parameters, scales", [(1, 1000, [2, 1, 1]), (9, 12_000, [2] * 5)])
+@pytest.mark.parametrize("frames, parameters, scales", [(1, 1000, [2, 2, 1]), (9, 12_000, [2] * 5)])
 def test_inrn_draws_like_plain_pytorch(frames, parameters, scales):
     """Pictures from maps at three resolutions, frames from those of their time; blocks double the resolution."""
     model, times = stirred(inrn.PictureFit("inrn", (60, 90), frames, parameters), 0.02), torch.tensor([-0.625, 0.5, 1])
@@ -643,7 +643,7 @@ def test_inrn_draws_like_plain_pytorch(frames, parameters, scales):
     blocks = [layer for layer in layers if isinstance(layer, inrn.INReBlock)]
     assert [block.upscale for block in blocks] == scales
     widths = [block.get_config()["width"] for block in blocks]
-    after = [max(2, round(0.8 * width)) if scale > 1 else width for width, scale in zip(widths, scales)]
+    after = [max(2, round(0.8 * width)) if time else width for width in widths]
     assert widths[1:] == [*after[:-2], 3 if time else after[-2]]  # the last block of a video draws its colours
     maps = [tuple(layer.maps.shape) for layer in layers if layer not in blocks]  # each of at most 1200 parameters
     assert maps == ([(9, 2, 3, 17), (9, 4, 6, 5), (3, 8, 12, 4), (1, 16, 24, 3)] if time else [])
@@ -653,7 +653,7 @@ def test_inrn_draws_like_plain_pytorch(frames, parameters, scales):
         else:
             maps = functional.interpolate(layer.maps.value.flatten(1).T[None], 17, mode="linear", align_corners=True)
             x = torch.cat([x, maps[0, :, [3, 12, 16]].T.unflatten(1, layer.maps.shape[1:])], -1)  # at the three times
-    expected = (x if time else shuffled(plain_dense(last, x), 4))[:, :60, :90].expand(3, -1, -1, -1)
+    expected = (x if time else shuffled(plain_dense(last, x), 2))[:, :60, :90].expand(3, -1, -1, -1)
     torch.testing.assert_close(model(times), expected, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(model.render(times, 60, 90), expected.detach().clip(-1, 1).numpy(), atol=1e-4)
     larger = functional.interpolate(expected.permute(0, 3, 1, 2), size=(120, 150), mode="bicubic", antialias=True)
