@@ -18,7 +18,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import types
 import warnings
 from unittest import mock
 
@@ -177,23 +176,21 @@ def double_backward_siren(model, samples):
         gradients = torch.autograd.grad(errors(weights, *sample).sum(), weights, create_graph=True)
         weights = [matrix - rates.value[0 if siren.shared_step_sizes else step] * gradient
                    for matrix, rates, gradient in zip(weights, siren.step_sizes, gradients)]
-    tokens = [[(weights[layer] - start[layer])[image, :, neuron] for layer in range(1, depth + 1)
-               for neuron in range(weights[0].shape[2])] for image in range(count)]
-    return torch.stack([torch.stack(rows) for rows in tokens]), errors(weights, *samples[-1])
+    tokens = [(weights[layer] - start[layer])[:, :, neuron] for layer in range(1, depth + 1)
+              for neuron in range(weights[0].shape[2])]
+    return torch.stack(tokens, dim=1), errors(weights, *samples[-1])
 
 
 def plain_transformer(classifier, tokens):
-    """MWT's Transformer, with attention written out."""
+    """MWT's Transformer, with the attention of PyTorch. There is one head for 64 channels."""
     base, embed, *blocks, _, classify = classifier.layers
     x = plain_dense(embed, base.scale * (tokens + base.base.value))
     for block in blocks:
-        dim = x.shape[-1]
-        heads = max(1, dim // 64)
-        projected = plain_dense(block.qkv, plain_norm(block.norm1, x)).split(dim, -1)
-        q, k, v = (part.unflatten(-1, (heads, -1)) for part in projected)
-        scores = torch.einsum("nihd,njhd->nhij", q, k) / math.sqrt(dim // heads)
-        attended = torch.einsum("nhij,njhd->nihd", scores.softmax(-1), v).flatten(-2)
-        x = x + block.scale1.value * plain_dense(block.project, attended)
+        y, dim = plain_norm(block.norm1, x).swapaxes(0, 1), x.shape[-1]
+        attended, _ = functional.multi_head_attention_forward(
+            y, y, y, dim, max(1, dim // 64), block.qkv.kernel.value.T, None, None, None, False, 0.0,
+            block.project.kernel.value.T, block.project.bias.value, need_weights=False)
+        x = x + block.scale1.value * attended.swapaxes(0, 1)
         hidden = functional.gelu(plain_dense(block.expand, plain_norm(block.norm2, x)))
         x = x + block.scale2.value * plain_dense(block.reduce, hidden)
     return plain_dense(classify, x.mean(1))
@@ -618,15 +615,6 @@ def test_inrn_is_its_stem_stages_and_head(hybrid, compression, activation):
         torch.testing.assert_close(model(images), expected, rtol=1e-3, atol=1e-3)
 
 
-def plain_ssim(a, b):
-    """SSIM of two pictures (H, W, C) in [-1, 1], from all their windows. (Wang et al., 2004.)"""
-    window = torch.exp(-(torch.arange(11) - 5.0) ** 2 / (2 * 1.5**2))
-    window = torch.outer(window, window) / window.sum() ** 2
-    x, y = ((picture + 1).unfold(0, 11, 1).unfold(1, 11, 1) for picture in (a, b))   # (H-10, W-10, C, 11, 11)
-    mean_x, mean_y, square_x, square_y, product = ((window * z).sum((-2, -1)) for z in (x, y, x * x, y * y, x * y))
-    variances = square_x - mean_x**2 + square_y - mean_y**2
-    return ((2 * mean_x * mean_y + 4e-4) * (2 * (product - mean_x * mean_y) + 36e-4)
-            / ((mean_x**2 + mean_y**2 + 4e-4) * (variances + 36e-4))).mean()
 
 
 @pytest.mark.parametrize("frames, parameters, scales", [(1, 1000, [2, 2, 1]), (9, 12_000, [2] * 5)])
@@ -664,7 +652,7 @@ def test_inrn_draws_like_plain_pytorch(frames, parameters, scales):
 @pytest.mark.parametrize("arguments, rate", [("", 1e-2), ("--parameters 400000", 4e-3), ("--rate 0.1", 0.1)])
 def test_the_learning_rate_of_a_fit_follows_its_number_of_parameters(arguments, rate):
     options, task = train.parse(["--method", "inrn", "--task", "fit", *arguments.split()])
-    (_, model, _), = task.build(options, types.SimpleNamespace(test=range(2), image_shape=(64, 64, 3)), 10)
+    (_, model, _), = task.build(options, data.Dataset(None, range(2), (64, 64, 3)), 10)
     assert float(model.optimizers[0].learning_rate) == pytest.approx(rate)
 
 
@@ -718,8 +706,9 @@ def test_a_fit_trains_like_pytorch():
 
     def losses(step):
         optimizer.param_groups[0]["lr"] = 1e-3 * (1 + math.cos(math.pi * step / 4)) / 2
-        picture = copy(times)[0]
-        return {0: 0.6 * ((picture - frames[0]) ** 2).mean() + 0.4 * (1 - plain_ssim(picture, frames[0]))}
+        picture = copy(times)[:1]
+        ssim = keras.ops.image.ssim(picture + 1, frames[:1] + 1, max_val=2)
+        return {0: 0.6 * ((picture - frames[:1]) ** 2).mean() + 0.4 * (1 - ssim.mean())}
 
     assert_trains_like_pytorch(model, copy, lambda model: [model.trainable_variables], [optimizer], losses,
                                (frames, times), 4)
@@ -1589,8 +1578,9 @@ def test_a_whole_run(runs, name, figures, parts, tmp_path, refused):
         model, found = keras.saving.load_model(folder / part / "model.keras"), results[part] if part else results
         assert found["parameters"] == model.count_params()
         if name == "fit":
-            drawn, picture = map(torch.tensor, (model.render([0.0], 24, 24)[0], data.scale(data.shapes_mosaic(24))))
-            squared, ssim = functional.mse_loss(drawn, picture).item(), plain_ssim(drawn, picture).item()
+            drawn, picture = model.render([0.0], 24, 24), data.scale(data.shapes_mosaic(24)[None])
+            squared = np.square(drawn - picture).mean()
+            ssim = float(keras.ops.image.ssim(drawn + 1, picture + 1, max_val=2)[0])
             expected = {"loss": 0.7 * squared + 0.3 * (1 - ssim), "psnr": 10 * math.log10(4 / squared), "ssim": ssim}
             assert {metric: found[f"test_{metric}"] for metric in expected} == pytest.approx(expected, rel=1e-4)
             assert results["test_psnr"] > 20 and found["test_psnr"] > 13
@@ -1719,14 +1709,12 @@ def test_image_operations_of_hyperinr(runs):
 def test_sirens_are_fitted_to_each_image_like_a_single_one_in_pytorch():
     images = random_batch(size=8, channels=3)[0]
     errors = hyperinr.fit_each(images, dim=8, depth=1, omega=30.0, steps=5)
-    seed, theta = keras.random.SeedGenerator(0), []
-    for inputs, outputs, limit in ((2, 8, 1 / 2), (8, 8, math.sqrt(6 / 8) / 30), (8, 3, math.sqrt(6 / 8) / 30)):
-        for size, bound in ((inputs, limit), (1, inputs**-0.5)):
-            start = keras.random.uniform((len(images), size, outputs), -bound, bound, seed=seed)
-            theta.append(start[-1].requires_grad_())
+    seed, limit, coords = keras.random.SeedGenerator(0), math.sqrt(6 / 8) / 30, torch.linspace(-1, 1, 8)
+    theta = [keras.random.uniform((5, *shape), -bound, bound, seed=seed)[-1].requires_grad_() for shape, bound in (
+        ((2, 8), 1 / 2), ((1, 8), 2**-0.5), ((8, 8), limit), ((1, 8), 8**-0.5), ((8, 3), limit), ((1, 3), 8**-0.5))]
     optimizer = torch.optim.Adam(theta, lr=1e-3)
     for step in range(5):  # of the last image alone
-        hidden = torch.cartesian_prod(*[torch.linspace(-1, 1, 8)] * 2)
+        hidden = torch.cartesian_prod(coords, coords)
         for kernel, bias in zip(theta[:4:2], theta[1:4:2]):
             hidden = torch.sin(30.0 * (hidden @ kernel + bias))
         error = functional.mse_loss(hidden @ theta[4] + theta[5], images[-1].flatten(0, 1))
