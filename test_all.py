@@ -319,15 +319,12 @@ def test_subsampling_draws_without_replacement_for_each_image_and_step():
     images = torch.arange(5 * 36, dtype=torch.float32).reshape(5, 6, 6, 1)  # the value of a pixel is its position
     model = small_mwt(images, subsample=0.5)
     samples = model.siren.sample_points(images, training=True)
-    drawn = set()
-    for coords, pixels in samples:
-        for image in range(5):
-            values = pixels[image, :, 0].long() - 36 * image
-            assert len(set(values.tolist())) == 18 and 0 <= values.min() and values.max() < 36
-            expected = torch.stack([values // 6, values % 6], dim=-1) / 2.5 - 1
-            torch.testing.assert_close(coords[image], expected.float())
-            drawn.add(tuple(sorted(values.tolist())))
-    assert len(samples) == 4 and len(drawn) == 20
+    coords, pixels = map(torch.stack, zip(*samples))
+    values = pixels[..., 0].long() - 36 * torch.arange(5)[:, None]
+    drawn = values.sort().values.flatten(0, 1)
+    assert values.shape == (4, 5, 18) and 0 <= values.min() and values.max() < 36
+    assert (drawn.diff() > 0).all() and len(drawn.unique(dim=0)) == 20
+    torch.testing.assert_close(coords, torch.stack([values // 6, values % 6], dim=-1) / 2.5 - 1)
     assert model.siren.sample_points(images, training=False)[0][1].shape == (5, 36, 1)
 
 
@@ -744,9 +741,10 @@ def test_the_distillation_loss_and_metrics_equal_plain_pytorch(softmax, classes)
     assert all(map(np.array_equal, before, teacher.get_weights()))
 
 
-def test_the_teacher_reaches_every_stage_and_is_not_saved_with_the_student(tmp_path):
+@pytest.mark.parametrize("layers", [[], ["stage4", "stage3", "stage2", "stage1"]])  # with resolutions that differ
+def test_the_teacher_reaches_every_stage_and_is_not_saved_with_the_student(tmp_path, layers):
     student, teacher = small_inrn(), small_teacher()
-    distiller = inrn.Distiller(student, teacher, (16, 16, 1), task_weight=0.0)
+    distiller = inrn.Distiller(student, teacher, (16, 16, 1), layers, task_weight=0.0)
     distiller.compile(total_steps=10)
     start = [layer.get_weights() for layer in distiller.alignment]
     distiller.train_step(random_batch(6, 16))
@@ -787,8 +785,9 @@ def test_teacher_layers_are_matched_by_resolution_or_name():
     sequential = keras.Sequential([keras.Input((None, None, 1)), quarter, keras.layers.GlobalMaxPooling2D()])
     names = ["stage4", "stage3", "stage2", "stage1"]
     three_stages = inrn.residual_cnn((16, 16, 1), 10, 2, widths=(4, 4, 4))
-    named, unnamed = (keras.Sequential([keras.Input((16, 16, 1)), *[keras.layers.Conv2D(
-        3, 3, stride, "same", name=name) for name, stride in ((first, 4), ("last", 1))]]) for first in ("stage2", "most"))
+    named, unnamed = (keras.Sequential([keras.Input((16, 16, 1)), *[
+        keras.layers.Conv2D(3, 3, stride, "same", name=name) for name, stride in ((first, 4), ("last", 1))]])
+        for first in ("stage2", "most"))
     for model, layers, expected in ((teacher, [], dict(zip(names, names))), (sequential, [], {"stage2": "quarter"}),
                                     (teacher, names, dict(zip(reversed(names), names))),
                                     (three_stages, [], dict(zip(names[1:], names[1:]))),
@@ -798,9 +797,6 @@ def test_teacher_layers_are_matched_by_resolution_or_name():
     frozen = keras.Sequential([keras.Input((16, 16, 1)), keras.layers.Rescaling(2.0), again])
     frozen.trainable = False
     assert inrn.match_layers(frozen, small_inrn(stem_stride=1), (16, 16, 1)) == {"stage3": again}  # not the scaling
-    distiller = inrn.Distiller(student, teacher, (16, 16, 1), layers=names)  # resolutions that differ
-    distiller.compile(total_steps=3)
-    assert math.isfinite(distiller.train_step(random_batch(2, 16))["loss"])
 
 
 def test_resnet101_receives_images_as_in_its_training(monkeypatch):
@@ -1365,15 +1361,6 @@ def test_batches_follow_seed_and_epoch_and_validation_images_are_held_out():
     assert batches.flip and not again.flip and not batches.augment
 
 
-def test_augmentation_follows_seed_epoch_and_batch():
-    picture = np.random.default_rng(0).integers(0, 256, (1, 12, 12, 1), dtype=np.uint8)
-    split = data.Split(16, lambda indices: (np.repeat(picture, len(indices), axis=0), indices))  # all the same
-    drawn = set()
-    for seed, epoch, index in [(0, 1, 0), (0, 1, 1), (0, 2, 0), (1, 1, 0)] * 2:
-        batches = data.Batches(split, None, 8, seed, augment=True)
-        batches.begin(epoch)
-        drawn.add(np.asarray(batches[index][0]).tobytes())
-    assert len(drawn) == 4
 
 
 def test_frames_are_read_from_files_or_drawn(tmp_path):
@@ -1427,18 +1414,23 @@ def test_images_of_all_kinds_are_read(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flip", [False, True])
-def test_augmentation_crops_the_reflected_image(flip):
-    images = np.random.default_rng(0).normal(size=(64, 9, 11, 3)).astype("float32")
-    result = np.asarray(data.augment(images, np.random.default_rng(2).random((64, 3)), flip))
-    places, mirrored = set(), 0
-    for image, crop in zip(images, result, strict=True):
-        padded = np.pad(image, ((4, 4), (4, 4), (0, 0)), mode="reflect")
-        (row, column, mirror), = ((row, column, mirror) for row in range(9) for column in range(9) for mirror in (1, -1)
-                                  if np.array_equal(padded[row:row + 9, column:column + 11], crop[:, ::mirror]))
-        places.add((row, column))
-        mirrored += mirror == -1
-    assert {row for row, _ in places} == {column for _, column in places} == set(range(9))
-    assert len(places) > 30 and (15 < mirrored < 49 if flip else mirrored == 0)
+def test_augmentation_crops_the_reflected_image_by_seed_epoch_and_batch(flip):
+    images = np.random.default_rng(0).integers(0, 256, (32, 9, 11, 3), dtype=np.uint8)
+    split, places = data.Split(32, lambda indices: (images[indices], indices)), []
+    padded = data.scale(np.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)), mode="reflect"))
+    crops = {padded[i, row:row + 9, column:column + 11][:, ::mirror].tobytes(): (i, row, column, mirror)
+             for i, row, column, mirror in itertools.product(range(32), range(9), range(9), (1, -1))}
+    for seed, epoch, index in [(0, 1, 0), (0, 1, 1), (0, 2, 0), (1, 1, 0)] * 2:
+        batches = data.Batches(split, None, 16, seed, augment=True, flip=flip)
+        batches.begin(epoch)
+        result, labels = batches[index]
+        found, *place = zip(*[crops[crop.tobytes()] for crop in result])
+        assert found == tuple(labels)
+        places.append(place)
+    assert places[:4] == places[4:] and len({*map(str, places)}) == 4
+    rows, columns, mirrors = np.concatenate(places[:4], axis=1)
+    assert {*rows} == {*columns} == {*range(9)} and len({*zip(rows, columns)}) > 30
+    assert 15 < (mirrors < 0).sum() < 49 if flip else mirrors.min() == 1
 
 
 def test_large_images_are_rotated_cropped_scaled_and_mirrored():
@@ -2055,13 +2047,7 @@ TRIANGLES = [half for a, b, c, d in SQUARES for half in ((a, b, c), (a, c, d))]
 
 
 def dense_points(name, a, b, c):
-    """A grid of points on a solid, from its parametric form: boxes, or curves r + iz that turn about the axis z."""
-    def line(*corners):
-        return np.interp(np.linspace(0, len(corners) - 1, 1201), range(len(corners)), corners)
-
-    def arc(center, radius, first=-np.pi / 2, last=np.pi / 2):
-        return center + radius * np.exp(1j * np.linspace(first, last, 601))
-
+    """A grid of points on a solid: on boxes, or on a curve r + iz, given by its corners, that turns about the axis z."""
     def box(*sides):
         cube = np.stack(np.meshgrid(*3 * [np.linspace(0, 1, 61)]), axis=-1).reshape(-1, 3)
         return cube[abs(cube - 0.5).max(axis=1) == 0.5] * np.ptp(sides, axis=1) + np.min(sides, axis=1)
@@ -2071,26 +2057,28 @@ def dense_points(name, a, b, c):
                 for i in (-1, 1) for j in (-1, 1)]
         return np.concatenate([box((-x, x), (-y, y), (top - 0.14, top)), *legs])
 
-    half, seat, ball, rod = 0.35 + 0.15 * a, 0.3 * b - 0.2, 0.6 + 0.3 * a, 0.25 + 0.25 * a
-    tall, high, flat, ring = 0.3j + 0.3j * b, 0.4j + 0.4j * b, 0.3j + 0.4j * b, 0.5 + 0.2 * a
+    half, seat, ball, rod, tall = 0.35 + 0.15 * a, 0.3 * b - 0.2, 0.6 + 0.3 * a, 0.25 + 0.25 * a, 0.3j + 0.3j * b
+    high, edge = 0.4j + 0.4j * b, 0.08 + 0.12 * c + 0.3j + 0.4j * b
+    arc = np.exp(1j * np.linspace(-np.pi / 2, np.pi / 2, 2401))  # half of a circle; its squares are a whole one
     points = {
         "box": lambda: box(*[(-0.35 - 0.4 * p, 0.35 + 0.4 * p) for p in (a, b, c)]),
         "table": lambda: board(ball, 0.4 + 0.3 * b, -0.4 - 0.3 * c, 0.4 + 0.3 * c),
         "chair": lambda: np.concatenate([board(half, half, -0.85, seat), box(
             (-half, 0.14 - half), (-half, half), (seat, 0.65 + 0.25 * c))]),
-        "sphere": lambda: arc(0, ball),
-        "capsule": lambda: np.concatenate([arc(-tall, rod, last=0), line(rod - tall, rod + tall), arc(tall, rod, 0)]),
-        "torus": lambda: arc(ring, 0.15 + 0.15 * b, last=3 / 2 * np.pi),
-        "cylinder": lambda: line(-high, 0.35 + 0.35 * a - high, 0.35 + 0.35 * a + high, high),
-        "tube": lambda: line(*[ring + i * (0.08 + 0.12 * c) + j * flat
-                               for i, j in ((-1, -1), (1, -1), (1, 1), (-1, 1), (-1, -1))]),
-        "cone": lambda: line(-0.6j, 0.5 + 0.4 * a - 0.6j, 0.5j + 0.4j * b),
-        "dome": lambda: np.concatenate([line(-0.4j, ball - 0.4j), arc(-0.4j, ball, 0)]),
+        "sphere": lambda: ball * arc,
+        "capsule": lambda: [*(rod * arc[:1201] - tall), *(rod * arc[1200:] + tall)],
+        "torus": lambda: 0.5 + 0.2 * a + (0.15 + 0.15 * b) * arc**2,
+        "cylinder": lambda: [-high, 0.35 + 0.35 * a - high, 0.35 + 0.35 * a + high, high],
+        "tube": lambda: 0.5 + 0.2 * a + np.array([-edge, edge.conjugate(), edge, -edge.conjugate(), -edge]),
+        "cone": lambda: [-0.6j, 0.5 + 0.4 * a - 0.6j, 0.5j + 0.4j * b],
+        "dome": lambda: [-0.4j, *(ball * arc[1200:] - 0.4j)],
     }[name]()
-    if points.ndim > 1:
+    if np.ndim(points) > 1:
         return points
-    turn, z = np.exp(1j * np.linspace(0, 2 * np.pi, 601))[:, None] * points.real, np.tile(points.imag, 601)
-    return np.column_stack([turn.real.ravel(), turn.imag.ravel(), z])
+    lengths = np.cumsum(abs(np.diff(points, prepend=points[:1])))
+    curve = np.interp(np.linspace(0, lengths[-1], 1201), lengths, points)
+    turn = arc[::4, None] ** 2 * curve.real
+    return np.column_stack([turn.real.ravel(), turn.imag.ravel(), np.tile(curve.imag, 601)])
 
 
 @pytest.mark.parametrize("label", range(10))
@@ -2125,15 +2113,14 @@ def test_points_of_meshes_are_uniform_by_area():
     np.testing.assert_allclose(np.cov(within.T), expected, rtol=0.03, atol=0.005)
 
 
-def test_distances_from_points_equal_a_loop():
+def test_distances_from_points_equal_those_of_all_pairs():
     rng = np.random.default_rng(0)
     points, coords = rng.integers(-32767, 32768, (40, 3), np.int16), rng.uniform(-1, 1, (25, 3)).astype("float32")
-    expected = [min(math.dist(query, point / 32767) for point in points) for query in coords]
-    np.testing.assert_allclose(data.point_distances(points, 0, coords), expected, atol=1e-6)
-    moved = data.point_distances(points, 0, coords, np.random.default_rng(1))
     rng = np.random.default_rng(1)
-    points = rng.uniform(0.9, 1.1) * points / 32767 + rng.normal(0, 0.01, points.shape)
-    np.testing.assert_allclose(moved, [min(math.dist(query, point) for point in points) for query in coords], atol=1e-6)
+    moved = rng.uniform(0.9, 1.1) * points / 32767 + rng.normal(0, 0.01, points.shape)
+    for rng, expected in ((None, points / 32767), (np.random.default_rng(1), moved)):
+        distances = scipy.spatial.distance.cdist(coords, expected).min(axis=1)
+        np.testing.assert_allclose(data.point_distances(points, 0, coords, rng), distances, atol=1e-6)
 
 
 def write_off(path, header="OFF\n", faces=SQUARES, vertices=CUBE, ending=""):
