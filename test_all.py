@@ -1,7 +1,6 @@
 """`pytest test_all.py`: needs no network and no GPU. The tests compare with independent references: autograd's double
 backward, float64, plain loops, PyTorch's layers and optimizers, closed formulas."""
 
-import concurrent.futures
 import csv
 import fcntl
 import functools
@@ -32,7 +31,6 @@ import scipy.stats
 import torch
 from PIL import Image
 from torch.nn import functional
-from torch.utils.benchmark import Timer
 
 import data
 import hyperinr
@@ -194,16 +192,14 @@ def plain_transformer(classifier, tokens):
     return plain_dense(classify, x.mean(1))
 
 
-def plain_standardize(x, dim=0, epsilon=1e-8):
-    mean, variance = x.mean(dim, keepdim=True), x.var(dim, unbiased=False, keepdim=True)
-    return (x - mean) / (variance + epsilon).sqrt()
 
 
 def plain_theta(model, images):
     """HyperINR's latents, and the parameters of the SIRENs."""
     *layers, last = [layer for layer in model.encoder.layers if layer.weights]
     if model.experiment == "pretrained":
-        latents = last.gamma.value * plain_standardize(plain_dense(layers[-1], images.flatten(1)).relu(), 1, 1e-3)
+        hidden = plain_dense(layers[-1], images.flatten(1)).relu()
+        latents = functional.layer_norm(hidden, hidden.shape[1:], last.gamma.value, eps=1e-3)
     else:
         first, *blocks = layers
         x = plain_convolution(first, images).relu()
@@ -229,12 +225,20 @@ def plain_losses(model, images, labels):
     mse = functional.mse_loss(rendered.reshape(images.shape), images)
     every = torch.cat([tensor.flatten() for pair in theta for tensor in pair])
     if model.experiment == "weights":  # kernels as (outputs, inputs), repeated to squares, each number standardized
-        squares = torch.stack([kernel.mT.repeat(1, dim, dim)[:, :dim, :dim] for kernel, _ in theta], dim=-1)
-        features, layers = plain_standardize(squares), layers[4:]
-    elif model.experiment not in ("joint", "pixels"):
-        features, layers = plain_standardize(latents), layers[1:]
+        features = torch.stack([kernel.mT.repeat(1, dim, dim)[:, :dim, :dim] for kernel, _ in theta], dim=-1)
+        layers = layers[4:]
+    if model.experiment in ("weights", "latent", "pretrained"):
+        standardized = functional.batch_norm(features.flatten(1), None, None, training=True, eps=1e-8)
+        features, layers = standardized.reshape(features.shape), layers[model.experiment != "weights":]
     logits = functools.reduce(lambda x, layer: layer(x), layers, features)
     return mse + 0.1 * latents.pow(2).mean() + 100 * every.pow(2).mean(), 0.1 * functional.cross_entropy(logits, labels)
+
+
+def plain_feature_loss(alignment, outputs, features):
+    """Equation 3, summed over the stages."""
+    return sum(functional.mse_loss(output @ align.kernel.value[0, 0] + align.bias.value,
+                                   functional.layer_norm(feature, feature.shape[1:], eps=1e-6))
+               for align, output, feature in zip(alignment, outputs, features, strict=True))
 
 
 def relative_error(actual, expected):
@@ -280,14 +284,14 @@ def assert_trains_like_pytorch(model, copy, groups, optimizers, losses, batch, s
 # ---- mwt.py ----
 
 
-@pytest.mark.parametrize("task_weight, subsample, shared, axes, channels", [
-    (0.0, 1.0, False, 2, 3), (0.01, 0.5, False, 2, 3), (1.0, 0.5, True, 2, 3), (1.0, None, False, 3, 1),
-    (1.0, None, True, 3, 2), (1.0, None, False, 2, 3)])
-def test_loss_and_gradient_equal_double_backward(task_weight, subsample, shared, axes, channels):
+@pytest.mark.parametrize("task_weight, subsample, shared, axes, channels, dim", [
+    (0.0, 1.0, False, 2, 3, 8), (0.01, 0.5, False, 2, 3, 8), (1.0, 0.5, True, 2, 3, 8), (1.0, None, False, 3, 1, 8),
+    (1.0, None, True, 3, 2, 8), (1.0, None, False, 2, 3, 128)])
+def test_loss_and_gradient_equal_double_backward(task_weight, subsample, shared, axes, channels, dim):
     """Of images, or of points where subsample is None."""
     images, labels = random_batch(channels=channels, dtype=torch.float64)
     model = small_mwt(images, "float64", axes=axes, task_weight=task_weight, subsample=subsample or 1.0,
-                      shared_step_sizes=shared)
+                      shared_step_sizes=shared, dim=dim)
     assert 0.9 / axes < model.siren.initial[0].value.abs().max() < 1 / axes
     if subsample:
         samples = model.siren.sample_points(images, training=True)
@@ -719,14 +723,10 @@ def test_the_distillation_loss_and_metrics_equal_plain_pytorch(softmax, classes)
     distiller.compile(total_steps=10)
     before = teacher.get_weights()
     with torch.no_grad():
-        outputs = student.stage_outputs(images)
         logits = student(images)
         layers = [teacher.get_layer(f"stage{number}").output for number in range(1, 5)]
         *features, taught = keras.Model(teacher.inputs, [*layers, teacher.output])(images, training=False)
-        distance = 0
-        for align, output, feature in zip(distiller.alignment, outputs.values(), features, strict=True):
-            aligned = output @ align.kernel.value[0, 0] + align.bias.value
-            distance += ((aligned.flatten(1) - plain_standardize(feature.flatten(1), 1, 1e-6)) ** 2).mean()
+        distance = plain_feature_loss(distiller.alignment, student.stage_outputs(images).values(), features)
         taught = taught.log() if softmax else taught
         divergence = functional.kl_div((logits / 3).log_softmax(-1), (taught / 3).softmax(-1), reduction="batchmean")
         expected = 0.8 * functional.cross_entropy(logits, labels) + 0.5 * distance + 0.25 * 9 * divergence
@@ -924,9 +924,9 @@ def test_presets_hold_the_published_hyperparameters():
     variants = {"paper": {}, "paper-large": dict(dim=256), "paper-wide": dict(mlp_ratio=4),
                 "paper-separate": dict(task_weight=0.0),
                 "paper-sequential": dict(task_weight=0.0, sequential=True, epochs=20),
-                "paper-modelnet": dict(dim=256, inner_steps=4, subsample=0.1, epochs=150)}
-    variants["paper-320"] = dict(omega=30.0, inner_steps=4, subsample=0.1, epochs=40)
-    variants["paper-320-large"] = {**variants["paper-320"], "dim": 256}
+                "paper-modelnet": dict(dim=256, inner_steps=4, subsample=0.1, epochs=150),
+                "paper-320": dict(omega=30.0, inner_steps=4, subsample=0.1, epochs=40),
+                "paper-320-large": dict(omega=30.0, inner_steps=4, subsample=0.1, epochs=40, dim=256)}
     for preset, changes in variants.items():
         assert mwt.PRESETS[preset] == {**paper, **changes}
     for arguments, preset in (("", "quick"), ("--dataset solids", "quick-3d"), ("--dataset mnist", "quick"),
@@ -1000,14 +1000,13 @@ def test_a_detector_learns_the_losses_of_torchvision(backbone, tmp_path):
     model(images[:, :16])  # flat pictures
     assert rcnn.roi_heads.box_roi_pool.scales == rcnn.roi_heads.mask_roi_pool.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
 
-    class Body(torch.nn.Module):
-        def forward(self, x):
-            outputs = model.body.stage_outputs(x.permute(0, 2, 3, 1)) if backbone == "inrn" else model.body.module(x)
-            return rcnn.backbone({str(i): x.permute(0, 3, 1, 2) if backbone == "inrn" else x
-                                  for i, x in enumerate(outputs.values())})
+    def levels(x):
+        outputs = model.body.stage_outputs(x.permute(0, 2, 3, 1)) if backbone == "inrn" else model.body.module(x)
+        return rcnn.backbone({str(i): x.permute(0, 3, 1, 2) if backbone == "inrn" else x
+                              for i, x in enumerate(outputs.values())})
 
     whole = torchvision.models.detection.generalized_rcnn.GeneralizedRCNN(
-        Body(), rcnn.rpn, rcnn.roi_heads, rcnn.transform)
+        levels, rcnn.rpn, rcnn.roi_heads, rcnn.transform)
     objects = [{name: values[i][targets["labels"][i] >= 0][i == 0:] + (name == "labels")
                 for name, values in targets.items()} for i in range(len(images))]
     torch.manual_seed(0)  # seed 0, step 0
@@ -1043,11 +1042,7 @@ def test_a_pyramid_teaches_the_stages(tmp_path):
         stages = model.body.stage_outputs(padded).values()
         levels = list(teacher.rcnn.module.backbone({name: x.permute(0, 3, 1, 2) for name, x in
                                                     teacher.body.stage_outputs(padded).items()}).values())[:4]
-        expected = 0.0
-        for align, x, level in zip(model.alignment, stages, levels, strict=True):
-            taught = plain_standardize(level.permute(0, 2, 3, 1).flatten(1), 1, 1e-6)
-            aligned = x @ align.kernel.value[0, 0] + align.bias.value
-            expected += 0.5 * ((aligned.flatten(1) - taught) ** 2).mean()
+        expected = 0.5 * plain_feature_loss(model.alignment, stages, [x.permute(0, 2, 3, 1) for x in levels])
     kernels = [variable for variable in model.trainable_variables if len(variable.shape) > 1]
     start = [kernel.numpy().copy() for kernel in kernels]
     assert float(model.train_step((images, targets))["distillation"]) == pytest.approx(float(expected), rel=1e-4)
@@ -1092,9 +1087,9 @@ def test_average_precisions_equal_those_computed_by_hand(kinds, tmp_path):
     expected = pytest.approx({f"{kind}map{threshold}": part * half for kind, share in kinds.items()
                               for threshold, part in (("", share), ("_50", 1), ("_75", 0))})
     assert precisions_of([0, 1], masks) == expected
-    with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
-        both = pool.map(precisions_of, ([0], [1]), 2 * [masks], range(2), 2 * [tmp_path / "store"])
-    assert [*both] == 2 * [expected]
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        both = pool.starmap(precisions_of, [([i], masks, i, tmp_path / "store") for i in (0, 1)], chunksize=1)
+    assert both == 2 * [expected]
 
 
 @needs_torchvision
@@ -1467,7 +1462,7 @@ def few_shapes():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(data.LOADERS, "classify", load)
         patch.setattr(data, "SCENES", (50, 9))
-        patch.setattr(Timer, "blocked_autorange", lambda timer, min_run_time: timer.timeit(2))  # of --benchmark
+        patch.setattr(train.Timer, "blocked_autorange", lambda timer, min_run_time: timer.timeit(2))  # of --benchmark
         yield
 
 
@@ -1549,22 +1544,28 @@ def assert_same_run(folder, reference):
     *[(name, {"reconstructions.png"}, []) for name in ("mwt", "solids", "hyperinr")],
     ("inrn", {"stages.png"}, ["teacher"]), ("fit", {"fit.png"}, ["relu", "siren"]),
     pytest.param("segment", {"detections.png"}, [], marks=needs_torchvision)])
-def test_a_whole_run(runs, name, figures, parts, tmp_path, refused):
+def test_a_whole_run_trains_like_model_fit(runs, name, figures, parts, tmp_path, refused):
     folder = shutil.copytree(runs / name, tmp_path / "run")
     assert {str(path) for path in contents(folder)} == {
         "config.json", "history.csv", "model.keras", "results.json", "curves.png", *figures,
         *[f"{part}/{file}" for part in parts for file in ("history.csv", "model.keras")]}
     config, results = (json.loads((folder / file).read_text()) for file in ("config.json", "results.json"))
     options, task = train.parse(RUNS[name])
-    assert {key: value for key, value in vars(options).items() if key not in train.NOT_IN_CONFIG}.items() <= config.items()
+    assert {key: x for key, x in vars(options).items() if key not in train.NOT_IN_CONFIG}.items() <= config.items()
     assert config["versions"]["torch"] == torch.__version__ and results["device"] and results["seconds_per_epoch"] > 0
     history = list(csv.DictReader((folder / "history.csv").open(newline="")))
     assert [row["epoch"] for row in history] == ["0", "1", "2"][:2 + (name == "hyperinr")]
     assert ("val_segm_map_50" if name == "segment" else "val_loss") in history[0]
-    test = train.load_dataset(options, task).test
-    inputs, labels = test.examples(np.arange(len(test)))
-    for part in ["", *parts]:
+    dataset = train.load_dataset(options, task)
+    inputs, labels = dataset.test.examples(np.arange(len(dataset.test)))
+    batches, _ = train.training_batches(options, dataset)
+    begin = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: batches.begin(epoch + 1))
+    for part, fitted, epochs in train.build(options, task, dataset, len(batches)):
+        losses = fitted.fit(batches, epochs=epochs, shuffle=False, verbose=0, callbacks=[begin]).history["loss"]
+        np.testing.assert_array_equal(
+            np.genfromtxt(folder / part / "history.csv", delimiter=",", names=True)["loss"], losses)
         model, found = keras.saving.load_model(folder / part / "model.keras"), results[part] if part else results
+        assert all(map(np.array_equal, getattr(fitted, "student", fitted).get_weights(), model.get_weights()))
         assert found["parameters"] == model.count_params()
         metrics = model.evaluate(inputs, labels, batch_size=7, verbose=0, return_dict=True)
         assert {metric: found[f"test_{metric}"] for metric in metrics} == pytest.approx(metrics, rel=1e-4)
@@ -1624,7 +1625,7 @@ sys.modules["tensorflow"] = None
 import numpy as np, torch
 import keras.src.backend.torch.random
 keras.src.backend.torch.random.torch_seed_generator = lambda seed: None  # there is no generator for this device
-import hyperinr, inrn, mwt, train
+import data, train
 from torch._subclasses import FakeTensorMode, fake_impls
 reads = []
 def read(mode, function, tensor):
@@ -1635,45 +1636,27 @@ def numpy(tensor, *arguments, **options):
     return np.ones(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
 fake_impls.op_implementations_dict[torch.ops.aten._local_scalar_dense.default] = read
 torch.Tensor.numpy = torch.Tensor.__array__ = numpy
-images, labels = np.random.rand(4, 12, 12, 1).astype("float32"), np.arange(4)
-frames = np.zeros((1, 12, 12, 3), "float32"), np.zeros(1, "float32")
 with FakeTensorMode(allow_non_fake_inputs=True):
-    student = inrn.INRN(1, 10, "4,4,4,4", "1,1,1,1", 2)
-    hyper = dict(image_size=12, encoder_width=2, dim=8, latent_dim=8)
-    models = [(mwt, mwt.MWT(dim=8, inner_steps=2, blocks=1), dict(total_steps=9)),
-              (inrn, inrn.Distiller(student, inrn.residual_cnn((12, 12, 1), 10, 2), (12, 12, 1)), dict(total_steps=90)),
-              (None, inrn.PictureFit(size=(12, 12), parameters=2000), dict(total_steps=9)),
-              *[(hyperinr, hyperinr.HyperINR(classifier=name, **hyper), dict(total_steps=9, classifier_steps=4))
-                for name in ("joint", "latent", "weights", "pretrained", "pixels")]]
-    for method, model, options in models:
-        model.compile(**options)
-        reads.clear()
-        batch = train.to_tensors((images, labels) if method else frames)
-        assert batch[0].device.type == "lazy"
-        model.train_step(batch)
-        assert len(reads) <= (method in (mwt, hyperinr))
-        model.test_step(batch)
-        if method is None:
-            assert model.render(np.zeros(1, "float32"), 12, 12).shape == (1, 12, 12, 3)
-        elif getattr(model, "experiment", "joint") == "joint":  # HyperINR's report does not depend on it and takes long
-            names = tuple("0123456789")
-            method.report({method.__name__: getattr(model, "student", model)}, images, labels, names, None)
+    experiments = [f"hyperinr --classifier {name}" for name in ("joint", "latent", "weights", "pretrained", "pixels")]
+    for method in ("mwt", "inrn", "inrn --task fit", *experiments):
+        options, task = train.parse(["--method", *method.split()])
+        channels, kind = (3, "float32") if options.task == "fit" else (1, "int64")
+        images, labels = np.random.rand(4, 12, 12, channels).astype("float32"), np.zeros(4, kind)
+        dataset = data.Dataset(None, range(1), images.shape[1:], tuple("0123456789"))
+        for _, model, _ in train.build(options, task, dataset, 90):
+            batch = train.to_tensors((images, labels))
+            assert batch[0].device.type == "lazy"
+            reads.clear()
+            model.train_step(batch)
+            assert len(reads) <= (options.method != "inrn")
+            model.test_step(batch)
+        if getattr(options, "classifier", "joint") == "joint":  # the report does not depend on it and takes time
+            model = getattr(model, "student", model)
+            task.report({options.method: model}, images, labels, dataset.class_names, None)
 """, KERAS_TORCH_DEVICE="lazy:0")
     assert result.returncode == 0, result.stderr[-3000:]
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_a_run_trains_like_model_fit(runs, name):
-    options, task = train.parse(RUNS[name])
-    dataset = train.load_dataset(options, task)
-    batches, _ = train.training_batches(options, dataset)
-    begin = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: batches.begin(epoch + 1))
-    for subfolder, model, epochs in train.build(options, task, dataset, len(batches)):
-        losses = model.fit(batches, epochs=epochs, shuffle=False, verbose=0, callbacks=[begin]).history["loss"]
-        history = np.genfromtxt(runs / name / subfolder / "history.csv", delimiter=",", names=True)
-        np.testing.assert_array_equal(history["loss"], losses)
-        trained = keras.saving.load_model(runs / name / subfolder / "model.keras")
-        assert all(map(np.array_equal, getattr(model, "student", model).get_weights(), trained.get_weights()))
 
 
 def test_image_operations_of_hyperinr(runs):
@@ -1840,7 +1823,7 @@ def test_progress(tmp_path, monkeypatch, capsys, terminal):
     ("--ablate task_weight --task-weight 0.7", "--task-weight itself"), ("--dataset modelnet40", "--data-dir"),
     ("--dataset solids --image-size 20", "--image-size"), ("--dataset modelnet40 --data-dir assets", "--data-dir"),
     *[(f"--method hyperinr {arguments}", hint) for arguments, hint in [
-        ("--classifier cnn", "pretrained"), ("--final-rate 2", "between 0 and 1"), ("--dataset solids", "--method mwt")]],
+        ("--classifier cnn", "pretrained"), ("--final-rate 2", "0 and 1"), ("--dataset solids", "--method mwt")]],
     *[(f"--method inrn {arguments}", hint) for arguments, hint in [
         ("--widths 8,8", "four whole numbers"), ("--blocks 1,2,0,1", "four whole numbers"), ("--compare", "--compare"),
         ("--activation tanh", "relu"), ("--compile", "--compile"), ("--compression 0", "compression"),
@@ -2035,7 +2018,7 @@ TRIANGLES = [half for a, b, c, d in SQUARES for half in ((a, b, c), (a, c, d))]
 
 
 def dense_points(name, a, b, c):
-    """A grid of points on a solid: on boxes, or on a curve r + iz, given by its corners, that turns about the axis z."""
+    """A grid of points on a solid: on boxes, or on a curve r + iz through the given points, turned about the axis z."""
     def box(*sides):
         cube = np.stack(np.meshgrid(*3 * [np.linspace(0, 1, 61)]), axis=-1).reshape(-1, 3)
         return cube[abs(cube - 0.5).max(axis=1) == 0.5] * np.ptp(sides, axis=1) + np.min(sides, axis=1)
