@@ -337,7 +337,7 @@ def _load_tfds(name, data_dir, image_size, squash):
         if not builder.is_prepared():
             # TFDS reads ArrayRecord without TensorFlow; its default is TFRecord.
             builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-    except (ValueError, AssertionError, ImportError) as error:  # the name, its configuration, version or packages
+    except (ValueError, AssertionError, ImportError) as error:  # for the name, its configuration, version or packages
         raise DataError(f"unknown dataset {name!r}: use shapes, mnist, fashion_mnist, cifar10, cifar100, "
                         "imagenette/320px-v2 or another image classification dataset of TFDS") from error
     features = builder.info.features

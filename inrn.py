@@ -137,7 +137,7 @@ FIT_HYPERPARAMETERS = {
     "compare": (False, "also fit networks of no more parameters: a SIREN and a ReLU MLP; for a video NeRV's blocks"),
     "parameters": (40_000, "largest number of parameters; it determines the maps' size and the blocks' width"),
     "width": (0, "width of the blocks, whatever the number of parameters (0: the largest that it allows)"),
-    "blocks": (3, "number of blocks for a picture; a video has one for each doubling of the resolution"),
+    "blocks": (3, "smallest number of blocks for a picture; a video has one for each doubling of the resolution"),
     "compression": (2.0, HYPERPARAMETERS["compression"][1]),
     **{name: HYPERPARAMETERS[name] for name in ("activation", "hybrid")},
     "alpha": (0.7, "weight of the squared error in the loss; 1 - SSIM has weight 1 - alpha"),
@@ -338,10 +338,10 @@ def single_stage(size, frames, parameters, width, blocks, compression, activatio
     Blocks double the resolution. The features of a picture are `LearnedMaps` at three resolutions, with about half of
     the parameters: coarse ones hold what neighbours have in common. Further blocks keep the resolution, and a last
     layer draws p² pixels for each position (p ≤ 2). In a video, each block has 0.8 times the width of the last, and
-    maps of its resolution with a tenth of the parameters, for 20 times (or each frame) if that leaves four channels or
-    more, otherwise for fewer; with a single one, at high resolutions, they hold what all frames share. nerv: as NeRV
-    (Chen et al., NeurIPS 2021), two dense layers compute the features from sines and cosines of the time; the blocks
-    are 3×3 convolution, GELU and `depth_to_space`, and a convolution is the last layer.
+    maps of its resolution with up to a tenth of the parameters, for 20 times (or each frame) if that leaves four
+    channels or more, otherwise for fewer; with a single one, at high resolutions, they hold what all frames share.
+    nerv: as NeRV (Chen et al., NeurIPS 2021), two dense layers compute the features from sines and cosines of the time;
+    the blocks are 3×3 convolution, GELU and `depth_to_space`, and a convolution is the last layer.
     """
     time = frames > 1
     # Of the first features. For a picture, 7/4 × 2 channels at each of them have half of the parameters.
@@ -367,8 +367,8 @@ def single_stage(size, frames, parameters, width, blocks, compression, activatio
         else:
             values = int(parameters / 10 / (height * breadth)) if time else 0  # for each position
             if values:
-                # As for at least 8 times: a block that gets very many channels would exceed the number of parameters.
-                channels = min(values, max(4, values // min(max(frames, 8), 20)), max(4, math.isqrt(parameters // 40)))
+                # The block has ten times the square of its channels as parameters, at most a quarter of all.
+                channels = min(values, max(4, min(values // min(frames, 20), math.isqrt(parameters // 40))))
                 layers.append(LearnedMaps(min(frames, values // channels), height, breadth, channels, dtype="float32"))
                 inputs += channels
             outputs = 3 if time and number == doublings - 1 else width

@@ -375,7 +375,7 @@ class MWT(keras.Model):
 
     def compile(self, total_steps, siren_rate=1e-4, step_size_rate=1e-2, classifier_rate=1e-4, warmup=0.05,
                 weight_decay=1e-4, clip_norm=1.0, jit_compile=False):
-        """One AdamW optimizer for each group of variables, with the one-cycle schedule over total_steps training steps.
+        """One AdamW for each group of trainable variables, with the one-cycle schedule over total_steps training steps.
 
         total_steps: epochs times batches; at the end the rates are nearly 0 and stay there. With `sequential` each
         group has half of the steps. The rates are peak rates; clip_norm limits each group's gradient norm. jit_compile

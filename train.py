@@ -142,7 +142,7 @@ def parse(arguments):
     add("--validation-images", type=number(int, 0), help="training images held out for validation (default: 2000)")
     add("--image-size", type=number(int, 8),
         help="scale and crop images to this size; longest side of frames (default: 320) and of images with objects")
-    add("--squash", action="store_true", help="for --image-size, do not keep the aspect ratio instead of cropping")
+    add("--squash", action="store_true", help="stretch images to --image-size instead of cropping them")
     add("--augment", nargs="?", const=True, default=False, choices=["crop"],
         help="shift images at random, and mirror them unless they show characters; rotate and scale images of 128×128 "
              "and more; with crop: random resized crops instead; with objects: scale, crop and mirror")
