@@ -265,14 +265,6 @@ def evaluation_batches(dataset, split, indices=None):
 # ---- Several processes: each computes its share of every batch; the gradients are averaged, the metrics added ----
 
 
-def apply_mean(apply, gradients, variables):
-    """Calls `apply` of an optimizer with the mean of the gradients of all processes."""
-    vector = torch.nn.utils.parameters_to_vector(gradients) / PROCESSES
-    torch.distributed.all_reduce(vector)
-    torch.nn.utils.vector_to_parameters(vector, gradients)
-    apply(gradients, variables)
-
-
 def add_metrics(model):
     """Adds the metrics of all processes in the first one, and resets the others. Returns those of the first one.
     Averages the moving statistics of batch normalization, which each process computes of its share."""
@@ -371,6 +363,8 @@ class Run:
         if self.checkpoint.exists() or (folder / "history.csv").exists():
             with refusing(f"read {self.checkpoint}", "restore it from a backup, or start again with another --run-dir"):
                 self.restore()
+        for optimizer in model.optimizers if PROCESSES > 1 else ():
+            optimizer.apply = functools.partial(self.apply, optimizer.apply)
         if RANK:  # the first process has the metrics of all, and each its own random numbers
             model.reset_metrics()
             for variable in [variable for variable in model.variables if "seed_generator" in variable.path]:
@@ -418,18 +412,30 @@ class Run:
                 for batch in self.batches.ahead(self.step, to_tensors):
                     self.train_step(batch)
 
+    def apply(self, apply, gradients, variables):
+        """Calls `apply` of an optimizer with the mean of the gradients of all processes. The first call in a training
+        step averages those of all optimizers, and the signals, in one exchange."""
+        if self.shared is None:
+            tensors = [v.value.grad for v in self.model.trainable_variables if v.value.grad is not None]
+            tensors.append(torch.full_like(tensors[0].flatten()[:1], self.signal))
+            vector = torch.nn.utils.parameters_to_vector(tensors) / PROCESSES
+            torch.distributed.all_reduce(vector)
+            torch.nn.utils.vector_to_parameters(vector, tensors)
+            self.shared = torch.stack([vector.sum(), vector[-1]])
+        apply(gradients, variables)
+
     def train_step(self, batch):
+        self.shared = None
         logs = self.model.train_step(batch)
         self.step += 1
-        stop, last = self.signal, self.step == len(self.batches)  # read once: a signal can arrive at any moment
-        save = stop or last or self.step % self.save_every == 0
-        values = [logs["loss"], *(variable.value for variable in self.model.trainable_variables if save)]
-        failed = ~torch.stack([torch.isfinite(value).all() for value in values]).all()
+        loss, stop = float(logs["loss"]), self.signal  # read once: a signal can arrive at any moment
         if PROCESSES > 1:  # all stop at the same step
-            flags = torch.stack([failed.int(), torch.full_like(failed, stop, dtype=torch.int32)])
-            torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
-            failed, stop = flags.tolist()
-        if failed:
+            loss, stop = self.shared.tolist()
+            stop = stop and (self.signal or signal.SIGTERM)
+        last = self.step == len(self.batches)
+        save = stop or last or self.step % self.save_every == 0
+        values = [variable.value for variable in self.model.trainable_variables if save]
+        if not math.isfinite(loss) or save and not torch.stack([torch.isfinite(v).all() for v in values]).all():
             before = f". {self.folder} has the model after {self.epoch} epochs" if self.epoch else ""
             refuse(f"stopped in step {self.step} of epoch {self.epoch + 1}: the loss or a weight became NaN or "
                    f"infinite; use lower learning rates{before}")
@@ -475,13 +481,9 @@ def build(options, task, dataset, steps_per_epoch):
     keras.config.set_dtype_policy(options.precision)
     try:
         with first_process_first():
-            models = task.build(options, dataset, steps_per_epoch)
+            return task.build(options, dataset, steps_per_epoch)
     except (ValueError, ImportError) as error:
         refuse(error)
-    for optimizer in [optimizer for _, model, _ in models for optimizer in model.optimizers]:
-        if PROCESSES > 1:
-            optimizer.apply = functools.partial(apply_mean, optimizer.apply)
-    return models
 
 
 def train(options, task):
