@@ -1812,6 +1812,12 @@ def test_bad_options(arguments, hint, tmp_path, refused, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+def test_compilation_without_a_compiler_is_refused(tmp_path):
+    result = run_python(HERE / "train.py", "--compile", "--run-dir", tmp_path / "run", CXX="none",
+                        TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    assert result.returncode == 2 and "install a C++ compiler" in result.stderr and not (tmp_path / "run").exists()
+
+
 def test_help_explains_every_hyperparameter_and_imports_no_tensorflow(tmp_path):
     result = run_python("-X", "importtime", HERE / "train.py", "--preset", "paper", "--help", cwd=tmp_path)
     imported = {line.rsplit("|", 1)[1].strip() for line in result.stderr.splitlines() if "import time:" in line}

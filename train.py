@@ -153,7 +153,8 @@ def parse(arguments):
     add("--save-every", type=number(int, 1), default=500, help="steps between checkpoints in an epoch (default: 500)")
     add("--precision", choices=["float32", "mixed_bfloat16"], default="float32",
         help="of everything but the INR; bfloat16 is slower on CPUs without instructions for it (default: float32)")
-    add("--compile", action="store_true", help="compile the INR with torch.compile (takes minutes at the start)")
+    add("--compile", action="store_true",
+        help="compile the INR with torch.compile (takes a minute or more at the first start; needs a C++ compiler)")
     use.add_argument("--ablate", choices=task.ablations, help="train variants of the model and compare them")
     add("--seeds", type=number(int, 1), default=2, help="seeds per variant of --ablate, from --seed up (default: 2)")
     group = parser.add_argument_group("hyperparameters", "the defaults are those of the chosen --preset")
@@ -479,6 +480,9 @@ def build(options, task, dataset, steps_per_epoch):
     """The task's models, after setting the seed and the precision. Exits if the options are invalid."""
     keras.utils.set_random_seed(options.seed)
     keras.config.set_dtype_policy(options.precision)
+    if options.compile:
+        with refusing("compile", "install a C++ compiler such as g++, or leave out --compile"):
+            torch.compile(torch.neg)(keras.ops.zeros(1))
     try:
         with first_process_first():
             return task.build(options, dataset, steps_per_epoch)
