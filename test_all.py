@@ -365,6 +365,13 @@ def test_one_cycle_equals_pytorch(total_steps, warmup):
     assert mwt.one_cycle(total_steps + 5, total_steps, warmup)[0] == pytest.approx(1 / 250_000)  # stays at the end
 
 
+def test_mwt_warms_up_in_at_least_200_steps_or_a_fifth():
+    model = small_mwt(random_batch(count=4)[0])
+    for total_steps, warmup in ((100, 0.2), (2000, 0.1), (8000, 0.05)):
+        model.compile(total_steps)
+        assert model.warmup == pytest.approx(warmup)
+
+
 @pytest.mark.parametrize("sequential", [False, True])
 def test_mwt_trains_like_pytorch(sequential, tmp_path):
     """Three clipped AdamW optimizers with one-cycle schedules. The gradients are small, so that epsilon matters."""
