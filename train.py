@@ -422,21 +422,20 @@ class Run:
             vector = torch.nn.utils.parameters_to_vector(tensors) / PROCESSES
             torch.distributed.all_reduce(vector)
             torch.nn.utils.vector_to_parameters(vector, tensors)
-            self.shared = torch.stack([vector.sum(), vector[-1]])
+            self.shared = torch.stack([vector.sum(), vector[-1]])  # the sum is finite only if all gradients are
         apply(gradients, variables)
 
     def train_step(self, batch):
         self.shared = None
         logs = self.model.train_step(batch)
         self.step += 1
-        loss, stop = float(logs["loss"]), self.signal  # read once: a signal can arrive at any moment
-        if PROCESSES > 1:  # all stop at the same step
-            loss, stop = self.shared.tolist()
-            stop = stop and (self.signal or signal.SIGTERM)
+        # Read once: a signal can arrive at any moment. Several processes read the same values, so all stop together.
+        finite, stop = self.shared.tolist() if PROCESSES > 1 else (float(logs["loss"]), self.signal)
+        stop = stop and (self.signal or signal.SIGTERM)
         last = self.step == len(self.batches)
         save = stop or last or self.step % self.save_every == 0
         values = [variable.value for variable in self.model.trainable_variables if save]
-        if not math.isfinite(loss) or save and not torch.stack([torch.isfinite(v).all() for v in values]).all():
+        if not math.isfinite(finite) or save and not torch.stack([torch.isfinite(v).all() for v in values]).all():
             before = f". {self.folder} has the model after {self.epoch} epochs" if self.epoch else ""
             refuse(f"stopped in step {self.step} of epoch {self.epoch + 1}: the loss or a weight became NaN or "
                    f"infinite; use lower learning rates{before}")
