@@ -306,17 +306,35 @@ def test_loss_and_gradient_equal_double_backward(task_weight, subsample, shared,
         assert relative_error(gradient, expected) < 1e-6, variable.path
 
 
-def test_subsampling_draws_without_replacement_for_each_image_and_step():
-    images = torch.arange(5 * 36, dtype=torch.float32).reshape(5, 6, 6, 1)  # the value of a pixel is its position
-    model = small_mwt(images, subsample=0.5)
-    samples = model.siren.sample_points(images, training=True)
-    coords, pixels = map(torch.stack, zip(*samples))
-    values = pixels[..., 0].long() - 36 * torch.arange(5)[:, None]
-    drawn = values.sort().values.flatten(0, 1)
-    assert values.shape == (4, 5, 18) and 0 <= values.min() and values.max() < 36
-    assert (drawn.diff() > 0).all() and len(drawn.unique(dim=0)) == 20
-    torch.testing.assert_close(coords, torch.stack([values // 6, values % 6], dim=-1) / 2.5 - 1)
-    assert model.siren.sample_points(images, training=False)[0][1].shape == (5, 36, 1)
+def test_subsampling_draws_even_subsets_without_replacement_for_each_step():
+    images = torch.arange(2 * 28 * 21, dtype=torch.float32).reshape(2, 28, 21, 1)  # the value of a pixel is its position
+    model = small_mwt(images, subsample=0.25)
+    drawn = []
+    for _ in range(100):
+        samples = model.siren.sample_points(images, training=True)
+        coords, pixels = map(torch.stack, zip(*samples))
+        assert coords.shape == (4, 147, 2) and (pixels[:, 1] - pixels[:, 0] == 28 * 21).all()  # of all images the same
+        places = pixels[:, 0, :, 0].long()
+        torch.testing.assert_close(coords, torch.stack([places // 21 / 13.5, places % 21 / 10], dim=-1) - 1)
+        drawn.append(functional.one_hot(places, 28 * 21).sum(dim=1).unflatten(1, (28, 21)))
+    drawn = torch.cat(drawn)
+    assert drawn.max() == 1 and len(drawn.flatten(1).unique(dim=0)) > 200
+    assert 0.15 < drawn.float().mean(dim=0).min() and drawn.float().mean(dim=0).max() < 0.35
+    of_blocks = drawn.unflatten(1, (4, 7)).unflatten(3, (3, 7)).sum(dim=(2, 4))  # independent draws: 12.25 ± 3.03
+    assert of_blocks.float().std() < 1 and (of_blocks - 12.25).abs().max() < 4
+    assert model.siren.sample_points(images, training=False)[0][1].shape == (2, 588, 1)
+
+
+def test_the_points_are_processed_in_small_parts_outside_of_training(monkeypatch):
+    images, labels = random_batch(size=9)
+    model, sizes, affine = small_mwt(images), [], mwt.affine
+    expected = *model.siren(images), *model.losses(images, labels)  # records gradients: one part
+    monkeypatch.setattr(mwt, "affine", lambda inputs, matrix: sizes.append(inputs.shape[-2]) or affine(inputs, matrix))
+    monkeypatch.setattr(mwt, "POINTS_AT_ONCE", 20)
+    with torch.no_grad():
+        torch.testing.assert_close((*model.siren(images), *model.losses(images, labels)), expected)
+    model.reconstruct(images)
+    assert {*sizes} == {16, 17}
 
 
 def test_mwt_starts_with_the_published_initial_values():
@@ -877,7 +895,7 @@ def test_the_compiled_part_is_one_graph(small, part, monkeypatch):
         model.zero_grad()
         model.compile(total_steps=1, jit_compile=jit_compile)
         assert hasattr(part(model), "_torchdynamo_orig_callable") == jit_compile
-        _, *terms = model.losses(images, labels)
+        _, *terms = model.losses(images, labels, training=True)
         sum(term.mean() for term in terms).backward()
         gradients.append([variable.value.grad for variable in model.trainable_variables])
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)

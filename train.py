@@ -252,15 +252,17 @@ def training_batches(options, dataset):
     batches = data.Batches(dataset.train, chosen, options.batch_size, options.seed, options.augment, dataset.flip,
                            slice(RANK, None, PROCESSES))
     validation = (dataset.validation,) if dataset.validation else (dataset.train, held_out) if count else None
-    return batches, validation and evaluation_batches(dataset, *validation)
+    return batches, validation and evaluation_batches(options, dataset, *validation)
 
 
-def evaluation_batches(dataset, split, indices=None):
-    """Batches with as many pixels as 200 images of 28×28, which limits the memory used, of this process's images."""
+def evaluation_batches(options, dataset, split, indices=None):
+    """Batches of this process's images, small for their memory: with as many pixels as 200 images of 28×28, or 8 images
+    if training has as many."""
     indices = np.arange(len(split)) if indices is None else indices
     if len(indices) < PROCESSES:
         refuse(f"{PROCESSES} processes cannot share fewer images: use fewer processes, or more --validation-images")
-    return data.Batches(split, indices[RANK::PROCESSES], max(1, 200 * 28**2 // math.prod(dataset.image_shape[:2])))
+    size = max(min(8, options.batch_size // PROCESSES), 200 * 28**2 // math.prod(dataset.image_shape[:2]))
+    return data.Batches(split, indices[RANK::PROCESSES], size)
 
 
 # ---- Several processes: each computes its share of every batch; the gradients are averaged, the metrics added ----
@@ -582,7 +584,7 @@ def report(options, task, dataset, target):
     with first_process_first():
         dataset.test[np.arange(1)]
     for name, model in models.items():
-        metrics = evaluate_model(model, evaluation_batches(dataset, dataset.test))
+        metrics = evaluate_model(model, evaluation_batches(options, dataset, dataset.test))
         values = {f"test_{metric}": value for metric, value in metrics.items()} | {"parameters": model.count_params()}
         results |= values if name == options.method else {name: values}
         formats = {"accuracy": "test accuracy {:.2%}", "top5_accuracy": "top-5 {:.2%}", "psnr": "PSNR {:.2f} dB",
