@@ -61,11 +61,11 @@ HYPERPARAMETERS = {
 PAPER = {name: value for name, (value, _) in HYPERPARAMETERS.items()}
 # Tuned on held-out training images of MNIST, for six minutes on two CPU cores.
 QUICK = {**PAPER, "dim": 64, "depth": 1, "inner_steps": 4, "subsample": 0.25, "blocks": 2, "task_weight": 0.3,
-         "siren_rate": 4e-3, "step_size_rate": 3e-2, "classifier_rate": 1e-3, "batch_size": 32, "epochs": 3}
+         "siren_rate": 4e-3, "step_size_rate": 3e-2, "classifier_rate": 2e-3, "batch_size": 32, "epochs": 3}
 PRESETS = {
     "quick": QUICK,
     "quick-3d": {**QUICK, "inner_steps": 6, "blocks": 3, "task_weight": 0.02, "siren_rate": 3e-3,
-                 "classifier_rate": 2e-3, "epochs": 4},  # squared errors of distances are smaller than those of colours
+                 "epochs": 4},  # squared errors of distances are smaller than those of colours
     "paper": PAPER,                                                                            # MWT
     "paper-large": {**PAPER, "dim": 256},                                                      # MWT-L
     "paper-wide": {**PAPER, "mlp_ratio": 4},                                                   # MWT-W
@@ -75,7 +75,7 @@ PRESETS = {
     "paper-320-large": {**PAPER, "dim": 256, "omega": 30.0, "inner_steps": 4, "subsample": 0.1, "epochs": 40},
     "paper-modelnet": {**PAPER, "dim": 256, "inner_steps": 4, "subsample": 0.1, "epochs": 150},  # Figure 3; s is ours
 }
-POINTS_AT_ONCE = 2**10  # of an image, outside of training: limits the memory, and a few images fit into the caches
+POINTS_AT_ONCE = 2**16  # of all images together, outside of training: limits the memory
 
 
 # ---- The SIREN, and its gradient written out ----
@@ -97,10 +97,10 @@ def mean_square(residual):
     return ops.sum(residual * residual, axis=(-2, -1)) / (residual.shape[-2] * residual.shape[-1])
 
 
-def in_parts(*arrays):
-    """Parts of the arrays (…, P, …) along their points, few enough to limit the memory; one part where gradients are
-    recorded, which needs the memory of all parts together."""
-    count = 1 if torch.is_grad_enabled() else math.ceil(arrays[0].shape[-2] / POINTS_AT_ONCE)
+def in_parts(images, *arrays):
+    """Parts of the arrays (…, P, …) along their points, of at most POINTS_AT_ONCE points of `images` images together;
+    one part where gradients are recorded, which needs the memory of all parts anyway."""
+    count = 1 if torch.is_grad_enabled() else math.ceil(images * arrays[0].shape[-2] / POINTS_AT_ONCE)
     return zip(*(torch.tensor_split(array, count, dim=-2) for array in arrays))
 
 
@@ -110,7 +110,7 @@ def render(weights, head, coords, omega):
     sin(omega * (coords W0 + b0)), then sin(h W + b) per hidden layer, then the head, as published.
     """
     colours = []
-    for part, in in_parts(coords):
+    for part, in in_parts(math.prod(weights[0].shape[:-2]), coords):
         hidden = ops.sin(affine(part, omega * weights[0]))
         for matrix in weights[1:]:
             hidden = ops.sin(affine(hidden, matrix))
@@ -161,7 +161,8 @@ def inner_step(weights, step_sizes, head, coords, pixels, omega):
 
     Before the first step all images share the weights. Returns the new weights. (Paper: inner loop of Algorithm 1.)
     """
-    parts = [error_gradients(weights, head, *part, omega, pixels.shape[-2]) for part in in_parts(coords, pixels)]
+    parts = [error_gradients(weights, head, *part, omega, pixels.shape[-2])
+             for part in in_parts(len(pixels), coords, pixels)]
     return [matrix - rate * sum(rest, first) for matrix, rate, (first, *rest) in zip(weights, step_sizes, zip(*parts))]
 
 
@@ -234,8 +235,8 @@ class MetaSiren(keras.layers.Layer):
         points = max(1, round(self.subsample * height * width))
         if not training or points == height * width:
             return [(coords, pixels)] * (steps + 1)
-        # The points where a randomly shifted R2 sequence (Roberts) is largest: all are equally likely, and they are spread
-        # evenly. A quarter of the points changes the first gradients of drawn shapes by 2 % (independent draws: 13 %).
+        # The points where a randomly shifted R2 sequence (Roberts) is largest: all equally likely, spread evenly.
+        # A quarter of the points changes the first gradients of drawn shapes by 2 % (if drawn independently, by 13 %).
         mask = np.add.outer(np.arange(height) * 0.7548776662466927, np.arange(width) * 0.5698402909980532) % 1
         shifts = keras.random.uniform((steps + 1, 1), seed=self.seed_generator)
         _, chosen = ops.top_k((ops.convert_to_tensor(mask.ravel(), "float32") + shifts) % 1, points, sorted=False)

@@ -330,11 +330,11 @@ def test_the_points_are_processed_in_small_parts_outside_of_training(monkeypatch
     model, sizes, affine = small_mwt(images), [], mwt.affine
     expected = *model.siren(images), *model.losses(images, labels)  # records gradients: one part
     monkeypatch.setattr(mwt, "affine", lambda inputs, matrix: sizes.append(inputs.shape[-2]) or affine(inputs, matrix))
-    monkeypatch.setattr(mwt, "POINTS_AT_ONCE", 20)
+    monkeypatch.setattr(mwt, "POINTS_AT_ONCE", 20 * len(images))
     with torch.no_grad():
         torch.testing.assert_close((*model.siren(images), *model.losses(images, labels)), expected)
     model.reconstruct(images)
-    assert {*sizes} == {16, 17}
+    assert {*sizes} == {16, 17, 81}  # all points of the shared weights before the first step
 
 
 def test_mwt_starts_with_the_published_initial_values():
