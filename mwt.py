@@ -8,7 +8,7 @@ and step. The offsets of the weights, which is how much the K steps changed them
 neuron, and a Transformer classifies them. Training differentiates through the adaptation: initialization, step sizes
 and Transformer are trained together, so that a few steps suffice and the offsets separate the classes.
 
-The K gradients are written out below (`inner_step`): backpropagation through a sine MLP takes a dozen lines. The
+The K gradients are written out below (`error_gradients`): backpropagation through a sine MLP takes a dozen lines. The
 training step is therefore an ordinary forward graph with a single `backward()`, without second-order differentiation.
 
     symbol    shape                     meaning
@@ -61,11 +61,11 @@ HYPERPARAMETERS = {
 PAPER = {name: value for name, (value, _) in HYPERPARAMETERS.items()}
 # Tuned on held-out training images of MNIST, for six minutes on two CPU cores.
 QUICK = {**PAPER, "dim": 64, "depth": 1, "inner_steps": 4, "subsample": 0.25, "blocks": 2, "task_weight": 0.3,
-         "siren_rate": 4e-3, "step_size_rate": 3e-2, "classifier_rate": 2e-3, "batch_size": 32, "epochs": 3}
+         "siren_rate": 4e-3, "step_size_rate": 3e-2, "classifier_rate": 1e-3, "batch_size": 32, "epochs": 3}
 PRESETS = {
     "quick": QUICK,
     "quick-3d": {**QUICK, "inner_steps": 6, "blocks": 3, "task_weight": 0.02, "siren_rate": 3e-3,
-                 "epochs": 4},  # squared errors of distances are smaller than those of colours
+                 "classifier_rate": 2e-3, "epochs": 4},  # squared errors of distances are smaller than those of colours
     "paper": PAPER,                                                                            # MWT
     "paper-large": {**PAPER, "dim": 256},                                                      # MWT-L
     "paper-wide": {**PAPER, "mlp_ratio": 4},                                                   # MWT-W
@@ -97,10 +97,11 @@ def mean_square(residual):
     return ops.sum(residual * residual, axis=(-2, -1)) / (residual.shape[-2] * residual.shape[-1])
 
 
-def in_parts(images, *arrays):
-    """Parts of the arrays (…, P, …) along their points, of at most POINTS_AT_ONCE points of `images` images together;
-    one part where gradients are recorded, which needs the memory of all parts anyway."""
-    count = 1 if torch.is_grad_enabled() else math.ceil(images * arrays[0].shape[-2] / POINTS_AT_ONCE)
+def in_parts(weights, *arrays):
+    """Parts of the arrays (…, P, …) along their points, of at most POINTS_AT_ONCE points of all images together; one
+    part where gradients are recorded, which needs the memory of all parts anyway."""
+    points = arrays[0].shape[-2] * max(math.prod(array.shape[:-2]) for array in (weights[0], *arrays))
+    count = 1 if torch.is_grad_enabled() else max(1, math.ceil(points / POINTS_AT_ONCE))
     return zip(*(torch.tensor_split(array, count, dim=-2) for array in arrays))
 
 
@@ -110,7 +111,7 @@ def render(weights, head, coords, omega):
     sin(omega * (coords W0 + b0)), then sin(h W + b) per hidden layer, then the head, as published.
     """
     colours = []
-    for part, in in_parts(math.prod(weights[0].shape[:-2]), coords):
+    for part, in in_parts(weights, coords):
         hidden = ops.sin(affine(part, omega * weights[0]))
         for matrix in weights[1:]:
             hidden = ops.sin(affine(hidden, matrix))
@@ -162,7 +163,7 @@ def inner_step(weights, step_sizes, head, coords, pixels, omega):
     Before the first step all images share the weights. Returns the new weights. (Paper: inner loop of Algorithm 1.)
     """
     parts = [error_gradients(weights, head, *part, omega, pixels.shape[-2])
-             for part in in_parts(len(pixels), coords, pixels)]
+             for part in in_parts(weights, coords, pixels)]
     return [matrix - rate * sum(rest, first) for matrix, rate, (first, *rest) in zip(weights, step_sizes, zip(*parts))]
 
 
@@ -192,7 +193,7 @@ class MetaSiren(keras.layers.Layer):
         self.axes, self.omega, self.subsample, self.shared_step_sizes = axes, omega, subsample, shared_step_sizes
         self.inner_steps, self.inner_steps_test = inner_steps, inner_steps_test or inner_steps
         self.seed_generator = keras.random.SeedGenerator()
-        self.inner_loop = inner_loop  # in training; or its compiled form
+        self.inner_loop = inner_loop  # in training, where it can be compiled
         uniform = keras.initializers.RandomUniform
         self.initial, self.step_sizes = [], []  # two groups of variables, each with its own optimizer
         for layer in range(depth + 1):
@@ -235,8 +236,9 @@ class MetaSiren(keras.layers.Layer):
         points = max(1, round(self.subsample * height * width))
         if not training or points == height * width:
             return [(coords, pixels)] * (steps + 1)
-        # The points where a randomly shifted R2 sequence (Roberts) is largest: all equally likely, spread evenly.
-        # A quarter of the points changes the first gradients of drawn shapes by 2 % (if drawn independently, by 13 %).
+        # The points where a randomly shifted R2 sequence (Roberts) is largest: about equally likely, spread evenly, and
+        # the same for all images. A quarter of them changes the first gradients of drawn shapes by 2 %; if drawn for
+        # each image independently, as published, by 13 %.
         mask = np.add.outer(np.arange(height) * 0.7548776662466927, np.arange(width) * 0.5698402909980532) % 1
         shifts = keras.random.uniform((steps + 1, 1), seed=self.seed_generator)
         _, chosen = ops.top_k((ops.convert_to_tensor(mask.ravel(), "float32") + shifts) % 1, points, sorted=False)
@@ -398,7 +400,7 @@ class MWT(keras.Model):
         total_steps: epochs times batches; at the end the rates are nearly 0 and stay there. With `sequential` each
         group has half of the steps. The rates are peak rates. They rise in the first `warmup` fraction of the steps, at
         least in 200 or a fifth of them. clip_norm limits each group's gradient norm. jit_compile uses `torch.compile`
-        for the inner loop: slow to start, shorter steps. Raises ValueError if warmup is not between 0 and 1.
+        for the inner loop in training: slow to start, shorter steps. Raises ValueError if warmup is not in [0, 1].
         """
         if not 0 <= warmup <= 1:
             raise ValueError(f"warmup, a fraction of the steps, must be between 0 and 1; it is {warmup}")

@@ -261,7 +261,7 @@ def evaluation_batches(options, dataset, split, indices=None):
     indices = np.arange(len(split)) if indices is None else indices
     if len(indices) < PROCESSES:
         refuse(f"{PROCESSES} processes cannot share fewer images: use fewer processes, or more --validation-images")
-    size = max(min(8, options.batch_size // PROCESSES), 200 * 28**2 // math.prod(dataset.image_shape[:2]))
+    size = max(1, min(8, options.batch_size // PROCESSES), 200 * 28**2 // math.prod(dataset.image_shape[:2]))
     return data.Batches(split, indices[RANK::PROCESSES], size)
 
 
