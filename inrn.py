@@ -223,6 +223,17 @@ class GroupTrained(keras.Model):
 # ---- The block ----
 
 
+@keras.saving.register_keras_serializable("inrn")
+class Conv2D(keras.layers.Conv2D):
+    """`keras.layers.Conv2D` for channels_last. Keras 3.15 copies such inputs to channels_first and back before each
+    convolution; here, both are views of the same memory."""
+
+    def convolution_op(self, inputs, kernel):
+        inputs = ops.transpose(inputs, (0, 3, 1, 2))
+        outputs = ops.conv(inputs, kernel, self.strides, self.padding, "channels_first", self.dilation_rate)
+        return ops.transpose(outputs, (0, 2, 3, 1))
+
+
 def built(kind, inputs, outputs, initializer=None, dtype="float32", **options):
     """A Keras layer of class `kind`, built for (N, H, W, inputs). The default initializer is U(±1 / sqrt(fan_in)),
     a third of the variance that preserves the signal's; the default dtype is not Keras's global one."""
@@ -233,7 +244,7 @@ def built(kind, inputs, outputs, initializer=None, dtype="float32", **options):
 
 
 dense = functools.partial(built, keras.layers.Dense)  # over channels: a layer of an MLP
-convolution = functools.partial(built, keras.layers.Conv2D, kernel_size=3, padding="same", data_format="channels_last")
+convolution = functools.partial(built, Conv2D, kernel_size=3, padding="same", data_format="channels_last")
 
 
 def pixels(x, scale):
@@ -405,11 +416,12 @@ def similarity(pictures, others):
     window = ops.exp(-ops.square(ops.arange(side, dtype="float32") - side // 2) / (2 * 1.5**2))
     window = ops.broadcast_to(ops.reshape(window / ops.sum(window), (1, side, 1, 1)), (1, side, 12, 1))
     x, y = pictures + 1, others + 1                                                # intensities from 0 to 2
-    moments = ops.concatenate([x, y, x * x + y * y, x * y], axis=-1)               # (N, H, W, 12)
+    moments = ops.concatenate([x, y, x * x + y * y, x * y], axis=-1)
+    moments = ops.transpose(moments, (0, 3, 1, 2))                                 # (N, 12, H, W), a view: see `Conv2D`
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):               # variances need all digits
         for kernel in (window, ops.transpose(window, (1, 0, 2, 3))):
-            moments = ops.depthwise_conv(moments, kernel, data_format="channels_last")
-    x, y, squares, products = ops.split(moments, 4, axis=-1)                       # local means
+            moments = ops.depthwise_conv(moments, kernel, data_format="channels_first")
+    x, y, squares, products = ops.split(moments, 4, axis=1)                        # local means
     means, product = x * x + y * y, x * y
     similar = (2 * product + 4e-4) * (2 * (products - product) + 36e-4)            # 0.01² and 0.03² of the range, 2
     return ops.mean(similar / ((means + 4e-4) * (squares - means + 36e-4)), axis=(1, 2, 3))
