@@ -84,8 +84,8 @@ HYPERPARAMETERS = {
 PAPER = {name: value for name, (value, _) in HYPERPARAMETERS.items()}
 PRESETS = {
     # A tenth of the paper's parameters and time per step. Values chosen on held-out training images of MNIST.
-    "quick": {**PAPER, "encoder_width": 16, "dim": 64, "task_weight": 1.0, "hyper_rate": 2e-4, "classifier_rate": 1e-3,
-              "final_rate": 0.01, "epochs": 3},
+    "quick": {**PAPER, "latent_dim": 192, "encoder_width": 16, "dim": 64, "task_weight": 1.0, "hyper_rate": 2e-4,
+              "classifier_rate": 1e-3, "final_rate": 0.01, "epochs": 3},
     "paper": PAPER,
 }
 
@@ -266,7 +266,7 @@ def weight_classifier(num_classes, dim, depth, dtype):
         keras.layers.Reshape((depth + 2, dim, dim), dtype=dtype),
         keras.layers.Permute((2, 3, 1), dtype=dtype),  # the layers are the channels
         *[Conv2D(width, 3, 2, "same", "channels_last", activation="relu", dtype=dtype,
-                              kernel_initializer="he_normal") for width in (16, 32, 64, 64)],
+                 kernel_initializer="he_normal") for width in (16, 32, 64, 64)],
         keras.layers.Flatten("channels_last", dtype=dtype),
         keras.layers.Dense(128, "relu", dtype=dtype),
         keras.layers.Dense(64, "relu", dtype=dtype),

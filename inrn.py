@@ -98,8 +98,8 @@ SMALL = {name: value for name, (value, _) in HYPERPARAMETERS.items()}
 MEDIUM = dict(widths="88,176,352,352", blocks="1,3,6,2", stem_stride=4, compression=2.0)
 PRESETS = {
     # For a CPU and small images; tuned on held-out training images of MNIST.
-    "quick": SMALL | dict(widths="64,128,256,256", blocks="1,1,2,1", stem_stride=2, compression=2.0, rate=4e-3,
-                          epochs=2, teacher_epochs=1),
+    "quick": SMALL | dict(widths="64,128,256,256", blocks="1,1,2,1", stem_stride=2, compression=2.0, rate=5e-3,
+                          batch_size=96, epochs=2, teacher_epochs=1),
     "small": SMALL,
     "medium": SMALL | MEDIUM,
     "large": SMALL | dict(widths="128,256,512,768", blocks="2,5,12,2", stem_stride=4, compression=2.0),

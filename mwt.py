@@ -53,6 +53,7 @@ HYPERPARAMETERS = {
     "step_size_rate": (1e-2, "peak learning rate of the step sizes"),
     "classifier_rate": (1e-4, "peak learning rate of the classifier"),
     "warmup": (0.05, "fraction of the training steps in which the learning rates rise, at least 200 steps or a fifth"),
+    "beta_2": (0.999, "decay rate of AdamW's averages of squared gradients"),
     "weight_decay": (1e-4, "weight decay of AdamW"),
     "clip_norm": (1.0, "largest gradient norm of each of the three groups of variables"),
     "batch_size": (16, "images per step"),
@@ -61,11 +62,12 @@ HYPERPARAMETERS = {
 PAPER = {name: value for name, (value, _) in HYPERPARAMETERS.items()}
 # Tuned on held-out training images of MNIST, for six minutes on two CPU cores.
 QUICK = {**PAPER, "dim": 64, "depth": 1, "inner_steps": 4, "subsample": 0.25, "blocks": 2, "task_weight": 0.3,
-         "siren_rate": 4e-3, "step_size_rate": 3e-2, "classifier_rate": 1e-3, "batch_size": 32, "epochs": 3}
+         "siren_rate": 4e-3, "step_size_rate": 3e-2, "classifier_rate": 1e-3, "beta_2": 0.99,
+         "batch_size": 32, "epochs": 3}
 PRESETS = {
     "quick": QUICK,
     "quick-3d": {**QUICK, "inner_steps": 6, "blocks": 3, "task_weight": 0.02, "siren_rate": 3e-3,
-                 "classifier_rate": 2e-3, "epochs": 4},  # squared errors of distances are smaller than those of colours
+                 "classifier_rate": 2e-3, "beta_2": 0.999, "epochs": 4},  # distances have smaller errors than colours
     "paper": PAPER,                                                                            # MWT
     "paper-large": {**PAPER, "dim": 256},                                                      # MWT-L
     "paper-wide": {**PAPER, "mlp_ratio": 4},                                                   # MWT-W
@@ -394,16 +396,17 @@ class MWT(keras.Model):
             return ops.convert_to_numpy(ops.reshape(stages, (*stages.shape[:2], *size, -1)))
 
     def compile(self, total_steps, siren_rate=1e-4, step_size_rate=1e-2, classifier_rate=1e-4, warmup=0.05,
-                weight_decay=1e-4, clip_norm=1.0, jit_compile=False):
+                beta_2=0.999, weight_decay=1e-4, clip_norm=1.0, jit_compile=False):
         """One AdamW for each group of trainable variables, with the one-cycle schedule over total_steps training steps.
 
         total_steps: epochs times batches; at the end the rates are nearly 0 and stay there. With `sequential` each
         group has half of the steps. The rates are peak rates. They rise in the first `warmup` fraction of the steps, at
         least in 200 or a fifth of them. clip_norm limits each group's gradient norm. jit_compile uses `torch.compile`
-        for the inner loop in training: slow to start, shorter steps. Raises ValueError if warmup is not in [0, 1].
+        for the inner loop in training: slow to start, shorter steps. Raises ValueError unless 0 <= warmup <= 1 and
+        0 <= beta_2 < 1.
         """
-        if not 0 <= warmup <= 1:
-            raise ValueError(f"warmup, a fraction of the steps, must be between 0 and 1; it is {warmup}")
+        if not (0 <= warmup <= 1 and 0 <= beta_2 < 1):
+            raise ValueError(f"warmup must be between 0 and 1, beta_2 at least 0 and below 1; got {warmup}, {beta_2}")
         self.compile_config = {name: value for name, value in locals().items()
                                if name in {*PAPER, "total_steps"}}  # without jit_compile, which is not saved
         super().compile(optimizer=None, jit_compile=False)
@@ -411,8 +414,8 @@ class MWT(keras.Model):
         self.peak_rates = siren_rate, step_size_rate, classifier_rate
         self.steps = total_steps // 2 if self.sequential else total_steps  # of each group
         self.warmup = max(warmup, min(0.2, 200 / max(1, self.steps)))  # after 50, the inner steps can become unstable
-        self.optimizers = [keras.optimizers.AdamW(rate, weight_decay=weight_decay, global_clipnorm=clip_norm)
-                           for rate in self.peak_rates]  # tracked by Keras: saved and restored with the model
+        same = dict(beta_2=beta_2, weight_decay=weight_decay, global_clipnorm=clip_norm)
+        self.optimizers = [keras.optimizers.AdamW(rate, **same) for rate in self.peak_rates]  # saved with the model
         for optimizer, variables in zip(self.optimizers, self.variable_groups()):
             optimizer.build(variables)
 
@@ -488,7 +491,7 @@ def build(options, dataset, steps_per_epoch):
                 options.blocks, options.mlp_ratio, options.token_scale, options.task_weight, options.sequential,
                 dataset.axes)
     model.compile(options.epochs * steps_per_epoch, options.siren_rate, options.step_size_rate, options.classifier_rate,
-                  options.warmup, options.weight_decay, options.clip_norm, options.compile)
+                  options.warmup, options.beta_2, options.weight_decay, options.clip_norm, options.compile)
     return [("", model, options.epochs)]
 
 
