@@ -145,21 +145,10 @@ def resize(images, size):
     return ops.transpose(resized, (0, 2, 3, 1))
 
 
-@keras.saving.register_keras_serializable("hyperinr")
-class Conv2D(keras.layers.Conv2D):
-    """`keras.layers.Conv2D` for channels_last. Keras 3.15 copies such inputs to channels_first and back before each
-    convolution; here, both are views of the same memory."""
-
-    def convolution_op(self, inputs, kernel):
-        inputs = ops.transpose(inputs, (0, 3, 1, 2))
-        outputs = ops.conv(inputs, kernel, self.strides, self.padding, "channels_first", self.dilation_rate)
-        return ops.transpose(outputs, (0, 2, 3, 1))
-
-
 def image_encoder(image_size, channels, latent_dim, width, dtype):
     """Residual convolutional encoder: images (N, S, S, C) -> latents (N, V) (section 3.2; the layout is our choice).
     Each of its three blocks halves the height and width of its input (rounded up) and doubles the channels."""
-    conv = functools.partial(Conv2D, padding="same", data_format="channels_last", dtype=dtype,
+    conv = functools.partial(keras.layers.Conv2D, padding="same", data_format="channels_last", dtype=dtype,
                              kernel_initializer="he_normal")
     images = keras.Input((image_size, image_size, channels))
     x = conv(width, 3, activation="relu")(images)
@@ -265,8 +254,8 @@ def weight_classifier(num_classes, dim, depth, dtype):
         standardize(dtype=dtype.variable_dtype),
         keras.layers.Reshape((depth + 2, dim, dim), dtype=dtype),
         keras.layers.Permute((2, 3, 1), dtype=dtype),  # the layers are the channels
-        *[Conv2D(width, 3, 2, "same", "channels_last", activation="relu", dtype=dtype,
-                 kernel_initializer="he_normal") for width in (16, 32, 64, 64)],
+        *[keras.layers.Conv2D(width, 3, 2, "same", "channels_last", activation="relu", dtype=dtype,
+                              kernel_initializer="he_normal") for width in (16, 32, 64, 64)],
         keras.layers.Flatten("channels_last", dtype=dtype),
         keras.layers.Dense(128, "relu", dtype=dtype),
         keras.layers.Dense(64, "relu", dtype=dtype),
