@@ -16,8 +16,8 @@ training step is therefore an ordinary forward graph with a single `backward()`,
     D L K     -                         width of the SIREN, its hidden layers D -> D, inner steps
     coords    (P, 2) or (N, P, 2)       row and column, each from -1 to 1; points in space are (P, 3) or (N, P, 3)
     pixels    (N, P, C)                 colours at coords, from -1 to 1; in space, the distance from a surface
-    weights   L+1 arrays (N, in+1, D)   one sine layer each: the kernel, with the bias as its last row
-    head      (D+1, C)                  last, linear layer, shared by all images: kernel and bias
+    weights   2 (L+1) tensors           kernel (N, in, D) and bias (N, 1, D) of each sine layer in turn
+    head      (D, C), (1, C)            kernel and bias of the last, linear layer, shared by all images
     tokens    (N, L*D, D+1)             one per neuron of the L hidden layers: offsets of its incoming weights and bias
 """
 
@@ -89,9 +89,9 @@ def coordinates(size, dtype="float32"):
     return ops.reshape(ops.stack(ops.meshgrid(*ticks, indexing="ij"), axis=-1), (-1, len(size)))
 
 
-def affine(inputs, matrix):
-    """Dense layer: inputs (…, P, in), matrix (…, in+1, out) with the bias as its last row -> (…, P, out)."""
-    return inputs @ matrix[..., :-1, :] + matrix[..., -1:, :]
+def affine(inputs, kernel, bias):
+    """Dense layer: inputs (…, P, in), kernel (…, in, out), bias (…, 1, out) -> (…, P, out)."""
+    return (inputs @ kernel).add_(bias)  # in place, which saves a pass over memory
 
 
 def mean_square(residual):
@@ -107,17 +107,16 @@ def in_parts(weights, *arrays):
     return zip(*(torch.tensor_split(array, count, dim=-2) for array in arrays))
 
 
-def render(weights, head, coords, omega):
+def render(weights, head, coords):
     """The SIREN: colours (N, P, C) at coords, or (P, C) if neither weights nor coords have an axis N.
 
-    sin(omega * (coords W0 + b0)), then sin(h W + b) per hidden layer, then the head, as published.
+    A layer is sin(h W + b), the head is linear. The first layer's W and b include its frequency, omega.
     """
     colours = []
-    for part, in in_parts(weights, coords):
-        hidden = ops.sin(affine(part, omega * weights[0]))
-        for matrix in weights[1:]:
-            hidden = ops.sin(affine(hidden, matrix))
-        colours.append(affine(hidden, head))
+    for hidden, in in_parts(weights, coords):
+        for kernel, bias in zip(weights[::2], weights[1::2]):
+            hidden = ops.sin(affine(hidden, kernel, bias))
+        colours.append(affine(hidden, *head))
     return ops.concatenate(colours, axis=-2)
 
 
@@ -133,52 +132,52 @@ class SinCos(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_sin, grad_cos):
         sin, cos = ctx.saved_tensors
-        return torch.addcmul(grad_sin * cos, grad_cos, sin, value=-1.0)
+        return (grad_sin * cos).addcmul_(grad_cos, sin, value=-1.0)
 
 
-def error_gradients(weights, head, coords, pixels, omega, points):
+def error_gradients(weights, head, coords, pixels, points):
     """Gradients for the weights, with their structure, of the squared error of each image: its sum divided by `points`
     and by the channels. Weights that all images share have no axis N and broadcast; what images share is computed once.
     """
-    inputs, slopes = [coords], []
-    for layer, matrix in enumerate(weights):
-        hidden, slope = SinCos.apply(affine(inputs[-1], omega * matrix if layer == 0 else matrix))
+    kernels, inputs, slopes = weights[::2], [coords], []
+    for kernel, bias in zip(kernels, weights[1::2]):
+        hidden, slope = SinCos.apply(affine(inputs[-1], kernel, bias))
         inputs.append(hidden)
         slopes.append(slope)
-    residual = affine(inputs[-1], head) - pixels                                   # (N, P, C)
+    residual = affine(inputs[-1], *head) - pixels                                  # (N, P, C)
 
-    delta = (2 / (points * pixels.shape[-1]) * residual) @ ops.transpose(head[:-1])  # (N, P, D) d error / d hidden
+    delta = (2 / (points * pixels.shape[-1]) * residual) @ head[0].mT              # (N, P, D) d error / d hidden
     gradients = []
-    for layer in reversed(range(len(weights))):
+    for layer in reversed(range(len(kernels))):
         delta = delta * slopes[layer]                                              # (N, P, D) d error / d affine
-        kernel_gradient = ops.swapaxes(inputs[layer], -2, -1) @ delta              # (N, in, D)
+        kernel_gradient = inputs[layer].mT @ delta                                 # (N, in, D)
         bias_gradient = ops.sum(delta, axis=-2, keepdims=True)                     # (N, 1, D)
-        gradients.insert(0, ops.concatenate([kernel_gradient, bias_gradient], axis=-2))
+        gradients = [kernel_gradient, bias_gradient, *gradients]
         if layer > 0:
-            delta = delta @ ops.swapaxes(weights[layer][..., :-1, :], -2, -1)
-    return [omega * gradients[0], *gradients[1:]]
+            delta = delta @ kernels[layer].mT
+    return gradients
 
 
-def inner_step(weights, step_sizes, head, coords, pixels, omega):
+def inner_step(weights, step_sizes, head, coords, pixels):
     """One step of gradient descent on the mean squared error of each image, with elementwise step sizes.
 
     Before the first step all images share the weights. Returns the new weights. (Paper: inner loop of Algorithm 1.)
     """
-    parts = [error_gradients(weights, head, *part, omega, pixels.shape[-2])
-             for part in in_parts(weights, coords, pixels)]
-    return [matrix - rate * sum(rest, first) for matrix, rate, (first, *rest) in zip(weights, step_sizes, zip(*parts))]
+    parts = [error_gradients(weights, head, *part, pixels.shape[-2]) for part in in_parts(weights, coords, pixels)]
+    return [torch.addcmul(tensor, rate, sum(rest, first), value=-1.0)  # tensor - rate * gradient
+            for tensor, rate, (first, *rest) in zip(weights, step_sizes, zip(*parts))]
 
 
-def inner_loop(weights, step_sizes, head, samples, omega):
+def inner_loop(weights, step_sizes, head, samples):
     """K inner steps. A pure function.
 
     step_sizes: K lists with the structure of weights. samples: K+1 pairs (coords, pixels), the last one for the error
     after the last step. Returns the adapted weights and that error's residual (N, P, C).
     """
     for rates, (coords, pixels) in zip(step_sizes, samples):
-        weights = inner_step(weights, rates, head, coords, pixels, omega)
+        weights = inner_step(weights, rates, head, coords, pixels)
     coords, pixels = samples[-1]
-    return weights, render(weights, head, coords, omega) - pixels
+    return weights, render(weights, head, coords) - pixels
 
 
 @keras.saving.register_keras_serializable("mwt")
@@ -196,35 +195,39 @@ class MetaSiren(keras.layers.Layer):
         self.inner_steps, self.inner_steps_test = inner_steps, inner_steps_test or inner_steps
         self.seed_generator = keras.random.SeedGenerator()
         self.inner_loop = inner_loop  # in training, where it can be compiled
-        uniform = keras.initializers.RandomUniform
+        uniform, count = keras.initializers.RandomUniform, 1 if shared_step_sizes else inner_steps
         self.initial, self.step_sizes = [], []  # two groups of variables, each with its own optimizer
         for layer in range(depth + 1):
             inputs, limit = (dim, math.sqrt(6 / dim)) if layer else (axes, 1 / axes)
-            shape = (inputs + 1, dim)
-            matrix = self.add_weight(shape=shape, initializer=uniform(-limit, limit), name=f"initial_{layer}")
-            matrix.assign(ops.concatenate([matrix[:-1], ops.zeros((1, dim), matrix.dtype)]))  # biases 0
-            self.initial.append(matrix)
-            self.step_sizes.append(self.add_weight(shape=(1 if shared_step_sizes else inner_steps, *shape),
-                                                   initializer=uniform(0.1, 1.0), name=f"step_sizes_{layer}"))
+            for name, rows, start in (("kernel", inputs, uniform(-limit, limit)), ("bias", 1, "zeros")):
+                self.initial.append(self.add_weight(shape=(rows, dim), initializer=start, name=f"{name}_{layer}"))
+                self.step_sizes.append(self.add_weight(shape=(count, rows, dim), initializer=uniform(0.1, 1.0),
+                                                       name=f"{name}_{layer}_step_sizes"))
         limit = 1 / math.sqrt(dim)
-        self.head = self.add_weight(shape=(dim + 1, channels), initializer=uniform(-limit, limit), name="head")
+        self.head = [self.add_weight(shape=(rows, channels), initializer=uniform(-limit, limit), name=f"head_{name}")
+                     for name, rows in (("kernel", dim), ("bias", 1))]
         self.head_scale = self.add_weight(shape=(channels,), name="head_scale",
                                           initializer=keras.initializers.Constant(0.1))
         self.built = True
         self.parameters_for(self.inner_steps_test)  # raises ValueError if there are no step sizes for them
 
     def parameters_for(self, steps):
-        """Initial weights, head times its scale, and the step sizes of `steps` inner steps, as tensors."""
+        """Initial weights, head times its scale, and the step sizes of `steps` inner steps, as tensors. The inner steps
+        adapt omega W0 and omega b0 in place of W0 and b0, for which omega² times the step sizes have the same effect.
+        """
         if steps > self.inner_steps and not self.shared_step_sizes:
             raise ValueError(f"the model has step sizes for {self.inner_steps} inner steps, not for {steps}: use fewer "
                              "steps, or train with shared_step_sizes=True")
-        rates = [[matrix[0 if self.shared_step_sizes else step] for matrix in self.step_sizes] for step in range(steps)]
-        return [ops.convert_to_tensor(matrix) for matrix in self.initial], self.head * self.head_scale, rates
+        factors = [self.omega, self.omega] + [1.0] * (len(self.initial) - 2)
+        rates = [[factor**2 * sizes[0 if self.shared_step_sizes else step]
+                  for factor, sizes in zip(factors, self.step_sizes)] for step in range(steps)]
+        return ([factor * tensor for factor, tensor in zip(factors, self.initial)],
+                [tensor * self.head_scale for tensor in self.head], rates)
 
     def sample_points(self, images, training):
         """One pair (coords, pixels) for each inner step and one more. In training each pair has its own random subset
         of the points, otherwise all points. Signals that consist of points have one set for each pair."""
-        steps, channels = self.inner_steps if training else self.inner_steps_test, self.head.shape[1]
+        steps, channels = self.inner_steps if training else self.inner_steps_test, self.head[0].shape[1]
         shapes = [tuple(part.shape) for part in keras.tree.flatten(images)]
         count, height, width = (*shapes[0], 0, 0)[:3]
         if shapes == [(count, steps + 1, width, last) for last in (self.axes, channels)]:
@@ -244,17 +247,18 @@ class MetaSiren(keras.layers.Layer):
         mask = np.add.outer(np.arange(height) * 0.7548776662466927, np.arange(width) * 0.5698402909980532) % 1
         shifts = keras.random.uniform((steps + 1, 1), seed=self.seed_generator)
         _, chosen = ops.top_k((ops.convert_to_tensor(mask.ravel(), "float32") + shifts) % 1, points, sorted=False)
-        return [(ops.take(coords, drawn, axis=0), ops.take(pixels, drawn, axis=1)) for drawn in ops.unstack(chosen)]
+        return [*zip(coords[chosen], pixels[:, chosen].unbind(1))]
 
     def call(self, images, training=False):
         """Images, or points as in `MWT` -> tokens (N, L*D, D+1), residual after the last inner step (N, P, C)."""
         samples = self.sample_points(images, training)
         initial, head, rates = self.parameters_for(len(samples) - 1)
-        adapted, residual = (self.inner_loop if training else inner_loop)(initial, rates, head, samples, self.omega)
+        adapted, residual = (self.inner_loop if training else inner_loop)(initial, rates, head, samples)
         # Token l*D + j: the offsets of the weights into neuron j of hidden layer l, then that of its bias. The first
         # layer has no tokens, as published.
-        offsets = [ops.swapaxes(new - old, -2, -1) for new, old in zip(adapted[1:], initial[1:])]
-        return ops.concatenate(offsets, axis=1), residual
+        offsets = [new - old for new, old in zip(adapted[2:], initial[2:])]
+        tokens = [ops.concatenate(pair, axis=1).mT for pair in zip(offsets[::2], offsets[1::2])]
+        return ops.concatenate(tokens, axis=1), residual
 
 
 # ---- The Transformer that classifies the tokens ----
@@ -388,10 +392,10 @@ class MWT(keras.Model):
             images = keras.tree.map_structure(lambda part: ops.convert_to_tensor(part, siren.dtype), images)
             samples, grid = siren.sample_points(images, training=False), coordinates(size, siren.dtype)
             weights, head, rates = siren.parameters_for(siren.inner_steps_test if steps is None else steps)
-            stages = [ops.repeat(render(weights, head, grid, siren.omega)[None], len(samples[0][1]), axis=0)]
+            stages = [ops.repeat(render(weights, head, grid)[None], len(samples[0][1]), axis=0)]
             for rate, sample in zip(rates, samples * len(rates)):
-                weights = inner_step(weights, rate, head, *sample, siren.omega)
-                stages.append(render(weights, head, grid, siren.omega))
+                weights = inner_step(weights, rate, head, *sample)
+                stages.append(render(weights, head, grid))
             stages = ops.cast(ops.stack(stages, axis=1), "float32")
             return ops.convert_to_numpy(ops.reshape(stages, (*stages.shape[:2], *size, -1)))
 
@@ -422,7 +426,7 @@ class MWT(keras.Model):
     def variable_groups(self):
         """Trained variables of the SIREN, the step sizes and the classifier, in the order of the optimizers."""
         siren = self.siren
-        groups = [*siren.initial, siren.head, siren.head_scale], siren.step_sizes, self.classifier.variables
+        groups = [*siren.initial, *siren.head, siren.head_scale], siren.step_sizes, self.classifier.variables
         return [[variable for variable in group if variable.trainable] for group in groups]
 
     def losses(self, images, labels, sample_weight=None, training=False):
@@ -508,7 +512,7 @@ def report(models, images, labels, class_names, finer):
         samples, errors = model.siren.sample_points([ops.convert_to_tensor(part) for part in images], False), {}
         for step in range(len(samples)):
             initial, head, rates = model.siren.parameters_for(step)
-            _, residual = inner_loop(initial, rates, head, samples[:step] + samples[-1:], model.siren.omega)
+            _, residual = inner_loop(initial, rates, head, samples[:step] + samples[-1:])
             errors[f"step {step}"] = float(ops.mean(ops.abs(residual)))
     titles = ["true", *(f"{step}\nerror {error:.3f}" for step, error in errors.items())]
     stages = model.reconstruct([part[:4] for part in images])                      # (4, K+1, 64, 64, 64, 1)
