@@ -4,9 +4,9 @@ Gielisse & van Gemert, "End-to-End Implicit Neural Representations for Classific
 
 A SIREN maps a coordinate to a colour: coords -> sine layers -> head -> pixel. For every image, K steps of gradient
 descent on the reconstruction error adapt the same learned initialization, with a learned step size for every parameter
-and step. The offsets of the weights, which is how much the K steps changed them, become a sequence of tokens, one per
-neuron, and a Transformer classifies them. Training differentiates through the adaptation: initialization, step sizes
-and Transformer are trained together, so that a few steps suffice and the offsets separate the classes.
+and step. The offsets of the weights, adapted minus initial, become a sequence of tokens, one per neuron, and a
+Transformer classifies them. Training differentiates through the adaptation: initialization, step sizes and Transformer
+are trained together, so that a few steps suffice and the offsets separate the classes.
 
 The K gradients are written out below (`error_gradients`): backpropagation through a sine MLP takes a dozen lines. The
 training step is therefore an ordinary forward graph with a single `backward()`, without second-order differentiation.
@@ -16,7 +16,7 @@ training step is therefore an ordinary forward graph with a single `backward()`,
     D L K     -                         width of the SIREN, its hidden layers D -> D, inner steps
     coords    (P, 2) or (N, P, 2)       row and column, each from -1 to 1; points in space are (P, 3) or (N, P, 3)
     pixels    (N, P, C)                 colours at coords, from -1 to 1; in space, the distance from a surface
-    weights   2 (L+1) tensors           kernel (N, in, D) and bias (N, 1, D) of each sine layer in turn
+    weights   2 (L+1) tensors           kernel (N, in, D), bias (N, 1, D) of each sine layer; no N before the first step
     head      (D, C), (1, C)            kernel and bias of the last, linear layer, shared by all images
     tokens    (N, L*D, D+1)             one per neuron of the L hidden layers: offsets of its incoming weights and bias
 """
@@ -75,7 +75,7 @@ PRESETS = {
     "paper-sequential": {**PAPER, "task_weight": 0.0, "sequential": True, "epochs": 20},       # WT-seq
     "paper-320": {**PAPER, "omega": 30.0, "inner_steps": 4, "subsample": 0.1, "epochs": 40},   # Imagenette, ImageNet
     "paper-320-large": {**PAPER, "dim": 256, "omega": 30.0, "inner_steps": 4, "subsample": 0.1, "epochs": 40},
-    "paper-modelnet": {**PAPER, "dim": 256, "inner_steps": 4, "subsample": 0.1, "epochs": 150},  # Figure 3; s is ours
+    "paper-modelnet": {**PAPER, "dim": 256, "inner_steps": 4, "subsample": 0.1, "epochs": 150},  # Figure 3; 0.1: ours
 }
 POINTS_AT_ONCE = 2**16  # of all images together, outside of training: limits the memory
 
@@ -84,19 +84,14 @@ POINTS_AT_ONCE = 2**16  # of all images together, outside of training: limits th
 
 
 def coordinates(size, dtype="float32"):
-    """Grid on [-1, 1] along each axis. For size (H, W): pixel centers, row by row, (H * W, 2), each (row, column)."""
+    """Grid on [-1, 1] along each axis. For size (H, W): pixel centres, row by row, (H * W, 2), each (row, column)."""
     ticks = [ops.linspace(-1.0, 1.0, count, dtype=dtype) for count in size]
     return ops.reshape(ops.stack(ops.meshgrid(*ticks, indexing="ij"), axis=-1), (-1, len(size)))
 
 
 def affine(inputs, kernel, bias):
     """Dense layer: inputs (…, P, in), kernel (…, in, out), bias (…, 1, out) -> (…, P, out)."""
-    return (inputs @ kernel).add_(bias)  # in place, which saves a pass over memory
-
-
-def mean_square(residual):
-    """Mean over points and channels, (N, P, C) -> (N,). (`ops.mean` would round float64 to float32.)"""
-    return ops.sum(residual * residual, axis=(-2, -1)) / (residual.shape[-2] * residual.shape[-1])
+    return (inputs @ kernel).add_(bias)  # in place, which saves an array
 
 
 def in_parts(weights, *arrays):
@@ -108,12 +103,10 @@ def in_parts(weights, *arrays):
 
 
 def render(weights, head, coords):
-    """The SIREN: colours (N, P, C) at coords, or (P, C) if neither weights nor coords have an axis N.
-
-    A layer is sin(h W + b), the head is linear. The first layer's W and b include its frequency, omega.
-    """
+    """The SIREN: colours (N, P, C) at coords, or (P, C) if neither weights nor coords have an axis N. A layer is
+    sin(h W + b), the head is linear. The first layer's W and b include omega, as from `MetaSiren.parameters_for`."""
     colours = []
-    for hidden, in in_parts(weights, coords):
+    for (hidden,) in in_parts(weights, coords):
         for kernel, bias in zip(weights[::2], weights[1::2]):
             hidden = ops.sin(affine(hidden, kernel, bias))
         colours.append(affine(hidden, *head))
@@ -136,9 +129,9 @@ class SinCos(torch.autograd.Function):
 
 
 def error_gradients(weights, head, coords, pixels, points):
-    """Gradients for the weights, with their structure, of the squared error of each image: its sum divided by `points`
-    and by the channels. Weights that all images share have no axis N and broadcast; what images share is computed once.
-    """
+    """Gradient of each image's squared error for each tensor of `weights`, (N, in, D) or (N, 1, D). The error is summed
+    over the given points and divided by `points`, the number of all points, and by C. Weights without an axis N are
+    shared by all images; what depends only on them and on shared coords is computed once."""
     kernels, inputs, slopes = weights[::2], [coords], []
     for kernel, bias in zip(kernels, weights[1::2]):
         hidden, slope = SinCos.apply(affine(inputs[-1], kernel, bias))
@@ -159,34 +152,26 @@ def error_gradients(weights, head, coords, pixels, points):
 
 
 def inner_step(weights, step_sizes, head, coords, pixels):
-    """One step of gradient descent on the mean squared error of each image, with elementwise step sizes.
-
-    Before the first step all images share the weights. Returns the new weights. (Paper: inner loop of Algorithm 1.)
-    """
+    """The weights (N, …) after one step of gradient descent on each image's mean squared error, with elementwise step
+    sizes. Before the first step, the weights have no axis N. (Paper: inner loop of Algorithm 1.)"""
     parts = [error_gradients(weights, head, *part, pixels.shape[-2]) for part in in_parts(weights, coords, pixels)]
     return [torch.addcmul(tensor, rate, sum(rest, first), value=-1.0)  # tensor - rate * gradient
             for tensor, rate, (first, *rest) in zip(weights, step_sizes, zip(*parts))]
 
 
 def inner_loop(weights, step_sizes, head, samples):
-    """K inner steps. A pure function.
-
-    step_sizes: K lists with the structure of weights. samples: K+1 pairs (coords, pixels), the last one for the error
-    after the last step. Returns the adapted weights and that error's residual (N, P, C).
-    """
+    """The weights after K inner steps, and the residual (N, P, C) of their reconstruction. A pure function. step_sizes:
+    K lists like weights. samples: K+1 pairs (coords, pixels), one for each step and one for the residual."""
     for rates, (coords, pixels) in zip(step_sizes, samples):
         weights = inner_step(weights, rates, head, coords, pixels)
     coords, pixels = samples[-1]
     return weights, render(weights, head, coords) - pixels
 
 
-@keras.saving.register_keras_serializable("mwt")
 class MetaSiren(keras.layers.Layer):
-    """Learned initialization, step sizes and head of the SIREN; adapts the SIREN to images.
-
-    Initial values as published: first kernel U(±1/axes), hidden kernels U(±sqrt(6/D)), biases 0; step sizes U(0.1,
-    1); head U(±1/sqrt(D)), times a scale per channel that starts at 0.1.
-    """
+    """Learned initialization, step sizes and head of the SIREN; adapts it to images. Initial values as published:
+    first kernel U(±1/axes), hidden kernels U(±sqrt(6/D)), biases 0; step sizes U(0.1, 1); head U(±1/sqrt(D)), times a
+    scale per channel that starts at 0.1."""
 
     def __init__(self, axes, channels, dim, depth, omega, inner_steps, inner_steps_test, shared_step_sizes, subsample,
                  **kwargs):
@@ -196,33 +181,31 @@ class MetaSiren(keras.layers.Layer):
         self.seed_generator = keras.random.SeedGenerator()
         self.inner_loop = inner_loop  # in training, where it can be compiled
         uniform, count = keras.initializers.RandomUniform, 1 if shared_step_sizes else inner_steps
-        self.initial, self.step_sizes = [], []  # two groups of variables, each with its own optimizer
+        self.initial, self.step_sizes = [], []  # for the kernel and the bias of each sine layer in turn
         for layer in range(depth + 1):
-            inputs, limit = (dim, math.sqrt(6 / dim)) if layer else (axes, 1 / axes)
-            for name, rows, start in (("kernel", inputs, uniform(-limit, limit)), ("bias", 1, "zeros")):
-                self.initial.append(self.add_weight(shape=(rows, dim), initializer=start, name=f"{name}_{layer}"))
-                self.step_sizes.append(self.add_weight(shape=(count, rows, dim), initializer=uniform(0.1, 1.0),
-                                                       name=f"{name}_{layer}_step_sizes"))
+            fan_in, limit = (dim, math.sqrt(6 / dim)) if layer else (axes, 1 / axes)
+            for name, rows, start in (("kernel", fan_in, uniform(-limit, limit)), ("bias", 1, "zeros")):
+                self.initial.append(self.add_weight((rows, dim), start, name=f"{name}_{layer}"))
+                self.step_sizes.append(
+                    self.add_weight((count, rows, dim), uniform(0.1, 1.0), name=f"{name}_{layer}_step_sizes"))
         limit = 1 / math.sqrt(dim)
-        self.head = [self.add_weight(shape=(rows, channels), initializer=uniform(-limit, limit), name=f"head_{name}")
+        self.head = [self.add_weight((rows, channels), uniform(-limit, limit), name=f"head_{name}")
                      for name, rows in (("kernel", dim), ("bias", 1))]
-        self.head_scale = self.add_weight(shape=(channels,), name="head_scale",
-                                          initializer=keras.initializers.Constant(0.1))
+        self.head_scale = self.add_weight((channels,), keras.initializers.Constant(0.1), name="head_scale")
         self.built = True
         self.parameters_for(self.inner_steps_test)  # raises ValueError if there are no step sizes for them
 
     def parameters_for(self, steps):
-        """Initial weights, head times its scale, and the step sizes of `steps` inner steps, as tensors. The inner steps
-        adapt omega W0 and omega b0 in place of W0 and b0, for which omega² times the step sizes have the same effect.
-        """
+        """Initial weights, head times its scale, and the step sizes of `steps` inner steps, as tensors. The first layer
+        is adapted as omega W0 and omega b0, with omega² times its step sizes: W0 and b0 then change as published."""
         if steps > self.inner_steps and not self.shared_step_sizes:
             raise ValueError(f"the model has step sizes for {self.inner_steps} inner steps, not for {steps}: use fewer "
                              "steps, or train with shared_step_sizes=True")
-        factors = [self.omega, self.omega] + [1.0] * (len(self.initial) - 2)
-        rates = [[factor**2 * sizes[0 if self.shared_step_sizes else step]
-                  for factor, sizes in zip(factors, self.step_sizes)] for step in range(steps)]
-        return ([factor * tensor for factor, tensor in zip(factors, self.initial)],
-                [tensor * self.head_scale for tensor in self.head], rates)
+        initial, sizes = ([variable.value for variable in group] for group in (self.initial, self.step_sizes))
+        initial = [*(self.omega * tensor for tensor in initial[:2]), *initial[2:]]
+        sizes = [*(self.omega**2 * tensor for tensor in sizes[:2]), *sizes[2:]]
+        rates = [[tensor[0 if self.shared_step_sizes else step] for tensor in sizes] for step in range(steps)]
+        return initial, [tensor * self.head_scale for tensor in self.head], rates
 
     def sample_points(self, images, training):
         """One pair (coords, pixels) for each inner step and one more. In training each pair has its own random subset
@@ -236,8 +219,7 @@ class MetaSiren(keras.layers.Layer):
             images = f"images (N, H, W, {channels}), or " if self.axes == 2 else ""
             raise ValueError(f"the input must be {images}coords (N, {steps + 1}, P, {self.axes}) and values (N, "
                              f"{steps + 1}, P, {channels}); got the shapes {shapes}")
-        coords = coordinates((height, width), self.dtype)
-        pixels = ops.reshape(images, (count, -1, channels))
+        coords, pixels = coordinates((height, width), self.dtype), ops.reshape(images, (count, -1, channels))
         points = max(1, round(self.subsample * height * width))
         if not training or points == height * width:
             return [(coords, pixels)] * (steps + 1)
@@ -266,12 +248,10 @@ class MetaSiren(keras.layers.Layer):
 
 def linear(inputs, units, **kwargs):
     """Dense layer with PyTorch's default initialization, as in the published code: U(±1/sqrt(inputs))."""
-    def uniform():
-        return keras.initializers.RandomUniform(-1 / math.sqrt(inputs), 1 / math.sqrt(inputs))
-    return keras.layers.Dense(units, kernel_initializer=uniform(), bias_initializer=uniform(), **kwargs)
+    kernel, bias = (keras.initializers.RandomUniform(-1 / math.sqrt(inputs), 1 / math.sqrt(inputs)) for _ in range(2))
+    return keras.layers.Dense(units, kernel_initializer=kernel, bias_initializer=bias, **kwargs)
 
 
-@keras.saving.register_keras_serializable("mwt")
 class LearnedBase(keras.layers.Layer):
     """scale * (tokens + base). The learned base (L*D, D+1) starts at 0 and identifies the neurons."""
 
@@ -284,22 +264,19 @@ class LearnedBase(keras.layers.Layer):
         return self.scale * (tokens + self.base)
 
 
-@keras.saving.register_keras_serializable("mwt")
 class Block(keras.layers.Layer):
     """x + scale1 * attention(norm(x)), then x + scale2 * mlp(norm(x)); both scales are per channel and start at 0.1."""
 
     def __init__(self, dim, mlp_ratio, **kwargs):
         super().__init__(**kwargs)
-        self.heads = max(1, dim // 64)  # heads of 64
-        dtype = self.dtype_policy
+        self.heads, dtype = max(1, dim // 64), self.dtype_policy  # heads of 64 channels
         self.norm1, self.norm2 = (keras.layers.LayerNormalization(epsilon=1e-5, dtype=dtype) for _ in range(2))
         self.qkv = linear(dim, 3 * dim, use_bias=False, dtype=dtype)
         self.project = linear(dim, dim, dtype=dtype)
         self.expand = linear(dim, mlp_ratio * dim, activation="gelu", dtype=dtype)
         self.reduce = linear(mlp_ratio * dim, dim, dtype=dtype)
-        start = keras.initializers.Constant(0.1)
-        self.scale1 = self.add_weight(shape=(dim,), initializer=start, name="scale1")
-        self.scale2 = self.add_weight(shape=(dim,), initializer=start, name="scale2")
+        self.scale1, self.scale2 = (self.add_weight((dim,), keras.initializers.Constant(0.1), name=name)
+                                    for name in ("scale1", "scale2"))
 
     def call(self, x):
         _, tokens, dim = x.shape
@@ -375,8 +352,7 @@ class MWT(keras.Model):
         self.built = True
 
     def call(self, images, training=False):
-        tokens, _ = self.siren(images, training=training)
-        return self.classifier(tokens, training=training)
+        return self.classifier(self.siren(images, training=training)[0], training=training)
 
     def reconstruct(self, images, steps=None, size=None):
         """Reconstructions of images (N, H, W, C) in [-1, 1], or of points, before the first inner step and after each.
@@ -404,10 +380,8 @@ class MWT(keras.Model):
         """One AdamW for each group of trainable variables, with the one-cycle schedule over total_steps training steps.
 
         total_steps: epochs times batches; at the end the rates are nearly 0 and stay there. With `sequential` each
-        group has half of the steps. The rates are peak rates. They rise in the first `warmup` fraction of the steps, at
-        least in 200 or a fifth of them. clip_norm limits each group's gradient norm. jit_compile uses `torch.compile`
-        for the inner loop in training: slow to start, shorter steps. Raises ValueError unless 0 <= warmup <= 1 and
-        0 <= beta_2 < 1.
+        group has half of the steps. jit_compile uses `torch.compile` for the inner loop in training: slow to start,
+        shorter steps. `HYPERPARAMETERS` explains the rest. Raises ValueError unless 0 <= warmup <= 1, 0 <= beta_2 < 1.
         """
         if not (0 <= warmup <= 1 and 0 <= beta_2 < 1):
             raise ValueError(f"warmup must be between 0 and 1, beta_2 at least 0 and below 1; got {warmup}, {beta_2}")
@@ -417,7 +391,7 @@ class MWT(keras.Model):
         self.siren.inner_loop = torch.compile(inner_loop, fullgraph=True) if jit_compile else inner_loop
         self.peak_rates = siren_rate, step_size_rate, classifier_rate
         self.steps = total_steps // 2 if self.sequential else total_steps  # of each group
-        self.warmup = max(warmup, min(0.2, 200 / max(1, self.steps)))  # after 50, the inner steps can become unstable
+        self.warmup = max(warmup, min(0.2, 200 / max(1, self.steps)))  # with 50, training can become unstable
         same = dict(beta_2=beta_2, weight_decay=weight_decay, global_clipnorm=clip_norm)
         self.optimizers = [keras.optimizers.AdamW(rate, **same) for rate in self.peak_rates]  # saved with the model
         for optimizer, variables in zip(self.optimizers, self.variable_groups()):
@@ -442,23 +416,22 @@ class MWT(keras.Model):
     def train_step(self, data):
         images, labels, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         logits, residual, cross_entropy = self.losses(images, labels, sample_weight, training=True)
-        step, learning, mse = int(self.optimizers[0].iterations), (0, 1, 2), ops.mean(mean_square(residual))
+        step, learning, mse = int(self.optimizers[0].iterations), slice(0, 3), residual.square().mean()
         loss = mse + cross_entropy
         if self.sequential and step < self.steps:
-            learning, loss = (0, 1), mse
+            learning, loss = slice(0, 2), mse
         elif self.sequential:
-            step, learning, loss = int(self.optimizers[2].iterations), (2,), cross_entropy
+            step, learning, loss = int(self.optimizers[2].iterations), slice(2, 3), cross_entropy
         self.zero_grad()
         loss.backward()
         rate, beta_1 = one_cycle(step, self.steps, self.warmup)
-        groups = self.variable_groups()
+        groups = [*zip(self.optimizers, self.peak_rates, self.variable_groups())]
         with torch.no_grad():
-            for group in learning:
-                optimizer = self.optimizers[group]
-                optimizer.learning_rate, optimizer.beta_1 = rate * self.peak_rates[group], beta_1
+            for optimizer, peak_rate, variables in groups[learning]:
+                optimizer.learning_rate, optimizer.beta_1 = rate * peak_rate, beta_1
                 # Keras adds epsilon before it corrects the bias of the second moment, PyTorch (as published) after it.
                 optimizer.epsilon = 1e-8 * math.sqrt(1 - optimizer.beta_2 ** (step + 1))
-                optimizer.apply([variable.value.grad for variable in groups[group]], groups[group])
+                optimizer.apply([variable.value.grad for variable in variables], variables)
             return self.update_metrics(labels, logits, residual, cross_entropy, sample_weight)
 
     def test_step(self, data):
@@ -466,7 +439,7 @@ class MWT(keras.Model):
         return self.update_metrics(labels, *self.losses(images, labels, sample_weight), sample_weight)
 
     def update_metrics(self, labels, logits, residual, cross_entropy, sample_weight):
-        (loss, mse, psnr_or_mae, accuracy), errors = self.trackers, mean_square(residual)
+        (loss, mse, psnr_or_mae, accuracy), errors = self.trackers, residual.square().mean(dim=(1, 2))  # of each image
         loss.update_state(ops.mean(errors) + cross_entropy, sample_weight=len(errors))
         mse.update_state(errors)
         psnr_or_mae.update_state(10 * ops.log10(4 / errors) if self.siren.axes == 2 else ops.abs(residual))

@@ -104,7 +104,7 @@ def stirred(model, scale=0.1):
 def small_mwt(images, dtype="float32", **changes):
     """A small MWT whose learned base and omega are far from their defaults, so that neither hides an error."""
     keras.utils.set_random_seed(1)
-    model = mwt.MWT(**dict(channels=images.shape[-1], dim=8, depth=3, omega=3.0, inner_steps=3, blocks=2,
+    model = mwt.MWT(**dict(channels=images.shape[-1], dim=8, depth=3, omega=3.3, inner_steps=3, blocks=2,
                            token_scale=20.0, mlp_ratio=2) | changes, dtype=dtype)
     base = model.classifier.layers[0].base
     base.assign(0.01 * keras.random.normal(base.shape))
