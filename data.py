@@ -2,7 +2,7 @@
 other names, and downloads what is not on disk. `load_frames` reads a picture or a video to fit, `load_objects` images
 with the boxes and masks of objects ("scenes" are drawn, "coco" is read), and `load_surfaces` distances from surfaces in
 space, which are computed ("solids") or read from mesh files ("modelnet10", "modelnet40").
-Images stay `uint8`, `(N, H, W, C)`, until `Batches` converts them to the `float32` in [-1, 1] that the models take.
+Images stay `uint8`, `(N, H, W, C)`, until `examples` converts them to the `float32` in [-1, 1] that the models take.
 """
 
 import collections.abc
@@ -13,9 +13,9 @@ import functools
 import gc
 import glob
 import hashlib
-import io
 import itertools
 import os
+import re
 import sys
 import tempfile
 
@@ -109,7 +109,7 @@ def load(name, data_dir=None, image_size=None, seed=0, points=None, squash=False
 
     data_dir: TFDS data folder; None: $TFDS_DATA_DIR, else ~/tensorflow_datasets. image_size: height and width in
     pixels, to which other images are scaled and center-cropped, or with squash scaled in each direction; None: the
-    dataset's own (28 for shapes). seed: for "shapes" only. Images are read when they are used.
+    dataset's own (28 for shapes). seed: for drawn ones. Images are read when they are used.
 
     Raises DataError for an unknown name, a dataset without one image and one label per example or without training and
     test splits, images of different sizes without image_size, and a failed download.
@@ -121,16 +121,15 @@ def load(name, data_dir=None, image_size=None, seed=0, points=None, squash=False
     size = image_size or 28
     read = lambda indices, factor=1: shapes(indices, factor * size, seed=seed)
     finer = lambda count, factor: scale(read(range(10_000, 10_000 + count), factor)[0])
-    return Dataset(Split(10_000, read), Split(2_000, read, 10_000), (size, size, 1), SHAPES, flip=True,
-                   finer=finer)
+    return Dataset(Split(10_000, read), Split(2_000, read, 10_000), (size, size, 1), SHAPES, flip=True, finer=finer)
 
 
 def load_frames(name, data_dir=None, image_size=None, seed=0, points=None, squash=False):
     """Loads a picture or a video to fit: the images of the Dataset are frames (H, W, 3), the labels are their times,
     from -1 to 1 (0 for a picture). All splits hold the same frames.
 
-    name: an image file, a folder of image files in the order of their names, "shapes" (a picture of sixteen shapes) or
-    "shapes-video". image_size: the longest side, to which larger pictures are scaled down (default: 320;
+    name: an image file, a folder of image files in the order of their names and numbers, "shapes" (a picture of sixteen
+    shapes) or "shapes-video". image_size: the longest side, to which larger pictures are scaled down (default: 320;
     "shapes-video": 64). Ignores the other arguments but seed. Frames are read when they are used, and once before, to
     compare their sizes. Raises DataError for no images, incomplete images and images of different sizes.
     """
@@ -139,10 +138,10 @@ def load_frames(name, data_dir=None, image_size=None, seed=0, points=None, squas
                   shapes_video(image_size or 64, seed=seed))
         count, read = len(frames), frames.__getitem__
     else:
-        paths = [name]
-        if os.path.isdir(name):
-            paths = [os.path.join(name, file) for file in sorted(glob.glob("*", root_dir=name))
-                     if os.path.splitext(file)[1].lower() in Image.registered_extensions()]
+        numbers = lambda file: [int(x) if x.isdigit() else x for x in re.split("([0-9]+)", file)]  # 2.png before 10.png
+        paths = [name] if not os.path.isdir(name) else [
+            os.path.join(name, file) for file in sorted(glob.glob("*", root_dir=name), key=numbers)
+            if os.path.splitext(file)[1].lower() in Image.registered_extensions()]
         if not paths:
             raise DataError(f"{name} has no image files: use the folder that holds the frames of a video")
         sizes = {_open(path, "RGB", image_size or 320).size: path for path in paths}
@@ -174,9 +173,8 @@ def load_objects(name, data_dir=None, image_size=None, seed=0, points=None, squa
     elif name == "coco":
         if not image_size:
             raise DataError("the images of coco differ in size: set one size for all, for example --image-size 640")
-        size = image_size
-        parts = [open_coco(data_dir or ".", part, size, masks) for part in ("train2017", "val2017")]
-        splits, (names, other), dropped = zip(*parts)
+        size, parts = image_size, ("train2017", "val2017")
+        splits, (names, other), dropped = zip(*[open_coco(data_dir or ".", part, size, masks) for part in parts])
         if names != other:
             raise DataError("the categories of train2017 and val2017 differ: restore the annotations of COCO 2017")
         if any(dropped):
@@ -203,8 +201,7 @@ def shapes(indices, size=28, channels=1, seed=0):
     indices: integers ≥ 0 (N,). size: height and width in pixels. channels: 1 (grey) or 3 (colour).
     Returns images `uint8` (N, size, size, channels) and labels `int64` (N,).
     """
-    indices = np.asarray(indices, dtype=np.int64)
-    labels = indices % len(SHAPES)
+    labels = np.asarray(indices, dtype=np.int64) % len(SHAPES)
     uniform = _uniform(indices, 10, seed)
     radius = 0.5 + 0.25 * uniform[:, 0]                                 # (N,) half the extent; the image has 1
     center = 0.25 * (2 * uniform[:, 1:3] - 1)                           # (N, 2) up to 3.4 of 28 pixels
@@ -213,7 +210,7 @@ def shapes(indices, size=28, channels=1, seed=0):
     foreground = 0.6 + 0.4 * uniform[:, 7:10][:, :channels]             # (N, C) brighter by at least 0.25
 
     axis = np.linspace(-1, 1, size, dtype=np.float32)                   # pixel centres, like the models' coordinates
-    images = np.empty((len(indices), size, size, channels), np.uint8)
+    images = np.empty((len(labels), size, size, channels), np.uint8)
     for i, label in enumerate(labels):
         distance = _distance(label, axis, center[i], radius[i], angle[i])
         inside = np.clip(0.5 - distance / 0.1, 0, 1)[:, :, None]        # edges 0.1 wide: 1.4 pixels of 28
@@ -322,7 +319,7 @@ SHAPES = tuple(_DISTANCES)
 # ---- TensorFlow Datasets ----
 
 # Datasets of characters: mirrored characters are invalid or change their class.
-NO_FLIP = {"mnist", "emnist", "kmnist", "binarized_mnist", "svhn_cropped", "omniglot", "quickdraw_bitmap"}
+NO_FLIP = {"mnist", "mnist_corrupted", "emnist", "kmnist", "cmaterdb", "svhn_cropped", "omniglot", "quickdraw_bitmap"}
 
 
 @functools.lru_cache(maxsize=1)  # the runs of an ablation share the images
@@ -340,8 +337,7 @@ def _load_tfds(name, data_dir, image_size, squash):
     except (ValueError, AssertionError, ImportError) as error:  # for the name, its configuration, version or packages
         raise DataError(f"unknown dataset {name!r}: use shapes, mnist, fashion_mnist, cifar10, cifar100, "
                         "imagenette/320px-v2 or another image classification dataset of TFDS") from error
-    features = builder.info.features
-    features = dict(features.items()) if isinstance(features, tfds.features.FeaturesDict) else {}
+    features = dict(builder.info.features) if isinstance(builder.info.features, tfds.features.FeaturesDict) else {}
     if not (isinstance(features.get("image"), tfds.features.Image)
             and isinstance(features.get("label"), tfds.features.ClassLabel)):
         raise DataError(f"{name} is not an image classification dataset: its examples have the features "
@@ -357,7 +353,7 @@ def _load_tfds(name, data_dir, image_size, squash):
                 requests.head(next(iter(builder.url_infos)), timeout=5)  # TFDS retries an unreachable host for minutes
             builder.download_and_prepare()
     splits = builder.info.splits
-    test = "test" if "test" in splits else "validation"
+    test = "test" if "test" in splits and builder.name != "imagenet2012" else "validation"  # its test has no labels
     if not {"train", test} <= {*splits}:
         raise DataError(f"{name} has the splits {', '.join(splits)}; train and test (or validation) are required")
     parts = [Split(splits[part].num_examples, _reader(builder, part, image_size, squash)) for part in ("train", test)]
@@ -390,7 +386,7 @@ def _reader(builder, split, image_size, squash):
                     examples.append(finish(source()[index]) if random_access else source()[index])
         images, labels = zip(*examples)
         if min(labels) < 0:
-            raise DataError(f"the split {split!r} of {builder.name} has no labels")
+            raise DataError(f"the split {split!r} of {builder.name} has no labels: use another dataset")
         return np.stack(images), np.array(labels, np.int64)
 
     return read
@@ -450,8 +446,7 @@ def _jitter(image, target, draw, flip):
         boxes[:, [0, 2]] = size - boxes[:, [2, 0]]
     target = target | {"boxes": boxes}
     if "masks" in target:
-        target["masks"] = np.array([place(mask, Image.NEAREST, 0) for mask in target["masks"]],
-                                   np.uint8).reshape(-1, size, size)
+        target["masks"] = np.uint8([place(mask, Image.NEAREST, 0) for mask in target["masks"]]).reshape(-1, size, size)
     kept = (boxes[:, 2:] - boxes[:, :2]).min(axis=1) >= 1
     return place(image, Image.BILINEAR, (128,) * 3), {name: values[kept] for name, values in target.items()}
 
@@ -465,7 +460,7 @@ def open_coco(folder, part, size, masks):
     file, pictures = os.path.join(folder, "annotations", f"instances_{part}.json"), os.path.join(folder, part)
     with explained(f"cannot use {file}", "set --data-dir to the folder of COCO 2017 with annotations, train2017 and "
                    "val2017 (https://cocodataset.org)"):
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(None):
             index = pycocotools.coco.COCO(file)
         if absent := {image["file_name"] for image in index.imgs.values()} - {*os.listdir(pictures)}:
             raise ValueError(f"{len(absent)} images, such as {min(absent)}, are not in {part}")
@@ -478,8 +473,7 @@ def open_coco(folder, part, size, masks):
                 raise ValueError(f"annotation {one['id']} is of image {one['image_id']} and category "
                                  f"{one['category_id']}, which are not both listed, or its mask or iscrowd is invalid")
         objects = {image: [one for one in index.imgToAnns[image] if min(one["bbox"][2:]) > 0] for image in index.imgs}
-        images = [image for image in sorted(objects)
-                  if part == "val2017" or any(not one["iscrowd"] for one in objects[image])]
+        images = [i for i in sorted(objects) if part == "val2017" or not all(one["iscrowd"] for one in objects[i])]
         if not images:
             raise ValueError("there are no images with objects")
 
@@ -610,9 +604,8 @@ def solids(indices, seed=0):
     """Ten classes of random surfaces; surface i depends on (seed, i) alone, and its label is i % 10. Returns parameters
     `float32` (N, 8) and labels `int64` (N,). The parameters are the center (3), the size, the angle about the vertical
     axis z, and three proportions from 0 to 1."""
-    parameters = _uniform(indices, 8, seed) * [0.4, 0.4, 0.4, 0.3, 2 * np.pi, 1, 1, 1]
-    parameters -= [0.2, 0.2, 0.2, -0.5, 0, 0, 0, 0]
-    return parameters.astype(np.float32), np.asarray(indices, np.int64) % len(SOLIDS)
+    least, span = [-0.2, -0.2, -0.2, 0.5, 0, 0, 0, 0], [0.4, 0.4, 0.4, 0.3, 2 * np.pi, 1, 1, 1]
+    return (least + span * _uniform(indices, 8, seed)).astype(np.float32), np.asarray(indices, np.int64) % len(SOLIDS)
 
 
 def solid_distances(parameters, label, coords, rng=None):
@@ -712,8 +705,10 @@ def _read_meshes(folder, paths):
                 for count, path in enumerate(paths, 1):
                     file.write(mesh_points(*read_off(os.path.join(folder, path))).tobytes())
                     progress.update(count)
+                os.fsync(file.fileno())
             os.replace(file.name, cache)
-    return np.memmap(cache, np.int16, "r", shape=(len(paths), POINTS, 3))
+    with explained(f"cannot read {cache}", "delete it, so that it is written again"):
+        return np.memmap(cache, np.int16, "r", shape=(len(paths), POINTS, 3))
 
 
 def point_distances(points, label, coords, rng=None):

@@ -7,8 +7,8 @@ or a video (equation 1). Four stages classify images, or find the objects in the
 layers of a teacher (equations 2 to 4).
 
     single stage   learned maps (1, h, w, D), or for a video those of its times t (N,): (N, h, w, D)
-                   -> INRe blocks, of which the first double the resolution -> dense -> pixels (N, H, W, 3)
-    four stages    images (N, H, W, C) -> stem -> stage1 ... stage4, each half the resolution -> mean -> logits
+                   -> INRe blocks, of which the first double the resolution -> dense (pictures) -> pixels (N, H, W, 3)
+    four stages    images (N, H, W, C) -> stem -> stage1 -> ... -> stage4, 1/8 the resolution -> mean -> logits
     distillation   stage outputs -> 1×1 convolutions -> compared with the teacher's outputs
     detection      stage1 ... stage4 -> feature pyramid -> regions -> classes, boxes and masks of objects
 
@@ -35,7 +35,6 @@ Example:
 
 ```python
 import numpy as np
-
 import inrn
 
 images = np.random.uniform(-1, 1, (64, 28, 28, 1)).astype("float32")  # (N, H, W, C) in [-1, 1]
@@ -94,6 +93,7 @@ HYPERPARAMETERS = {
     "batch_size": (64, "images per training step"),
     "epochs": (50, "epochs for training INRN"),
 }
+BACKBONE = ("widths", "blocks", "stem_stride", "compression", "activation", "hybrid")  # arguments of an INRN
 SMALL = {name: value for name, (value, _) in HYPERPARAMETERS.items()}
 MEDIUM = dict(widths="88,176,352,352", blocks="1,3,6,2", stem_stride=4, compression=2.0)
 PRESETS = {
@@ -103,16 +103,15 @@ PRESETS = {
     "small": SMALL,
     "medium": SMALL | MEDIUM,
     "large": SMALL | dict(widths="128,256,512,768", blocks="2,5,12,2", stem_stride=4, compression=2.0),
-    # As published: INRN-S beside a ResNet-56, INRN-M beside a ResNet-101 (Table 4). The numbers of epochs are those of
-    # the methods in that table (Tian et al., ICLR 2020).
+    # The paper's teacher on ImageNet is a ResNet-101; it names none for CIFAR-100. The ResNet-56 and the numbers of
+    # epochs are those of the methods that Table 4 compares INRN with (Tian et al., ICLR 2020).
     "cifar100": SMALL | dict(teacher="resnet56", epochs=240, teacher_epochs=240),
     "imagenet": SMALL | MEDIUM | dict(teacher="resnet101", epochs=100, batch_size=256),
 }
 # Hyperparameters of detection and segmentation: those of Mask R-CNN (He et al., ICCV 2017), and ours.
 DETECTION_HYPERPARAMETERS = {
     "backbone": ("inrn", "inrn, or a ResNet with group normalization: resnet18, resnet34, resnet50 or resnet101"),
-    **{name: HYPERPARAMETERS[name]
-       for name in ("widths", "blocks", "stem_stride", "compression", "activation", "hybrid")},
+    **{name: HYPERPARAMETERS[name] for name in BACKBONE},
     "pyramid_width": (256, "channels of each level of the feature pyramid"),
     "head_width": (1024, "width of the layers that classify regions"),
     "anchor_size": (32, "side of the smallest anchors in pixels; each level of the pyramid doubles it"),
@@ -141,8 +140,8 @@ FIT_HYPERPARAMETERS = {
     "compression": (2.0, HYPERPARAMETERS["compression"][1]),
     **{name: HYPERPARAMETERS[name] for name in ("activation", "hybrid")},
     "alpha": (0.7, "weight of the squared error in the loss; 1 - SSIM has weight 1 - alpha"),
-    "rate": (0.0, "initial learning rate of INRN (0: 8e-3 for 100,000 parameters; it falls with the square root of their "
-             "number, and is at most 1e-2)"),
+    "rate": (0.0, "initial learning rate of INRN (0: 8e-3 for 100,000 parameters; it falls with the square root of "
+             "--parameters, and is at most 1e-2)"),
     "siren_rate": (1e-3, "initial learning rate of the SIREN"),
     "relu_rate": (3e-3, "initial learning rate of the ReLU MLP"),
     "nerv_rate": (5e-3, "initial learning rate of the network of NeRV's blocks"),
@@ -192,9 +191,9 @@ class GroupTrained(keras.Model):
         to norm 1. Biases and normalization, all of one axis, have no weight decay."""
         self.compile_config = dict(total_steps=total_steps, rate=rate, weight_decay=weight_decay)
         super().compile(optimizer=None, jit_compile=False)
-        self.optimizers = [keras.optimizers.AdamW(WarmupCosine(rate, total_steps), weight_decay=weight_decay,
-                                                  global_clipnorm=1.0) for _ in self.variable_groups()]
-        for optimizer, variables in zip(self.optimizers, self.variable_groups()):
+        options, groups = dict(weight_decay=weight_decay, global_clipnorm=1.0), self.variable_groups()
+        self.optimizers = [keras.optimizers.AdamW(WarmupCosine(rate, total_steps), **options) for _ in groups]
+        for optimizer, variables in zip(self.optimizers, groups):
             optimizer.exclude_from_weight_decay([variable for variable in variables if len(variable.shape) == 1])
             optimizer.build(variables)
 
@@ -257,8 +256,8 @@ class INReBlock(keras.layers.Layer):
     """(N, H, W, inputs) -> (N, H/stride, W/stride, width), sides rounded up. (Section 2.2.)
 
     Layer normalization, then a convolution and the two layers of an MLP with activations in between. A shortcut is
-    added: the identity if the shape does not change, otherwise a strided convolution (a dense layer with "mlp"). The
-    last layer starts at zero, so a new block equals its shortcut. Normalization and shortcut are ours.
+    added: the identity if the shape does not change, otherwise a convolution with this stride ("mlp": pooling, a dense
+    layer). The last layer starts at zero, so a new block equals its shortcut. Normalization and shortcut are ours.
 
     upscale: s; above 1 the block returns (N, s H, s W, width); stride must be 1, the last layer does not start at zero,
     and its layers are as wide as its inputs. The last, or a convolution between the others, computes s² pixels for each
@@ -267,8 +266,7 @@ class INReBlock(keras.layers.Layer):
     activation: "gelu" (exact, not approximated) or "relu".
     hybrid (Table 1): "interleaved": the convolution has the narrower width, between the layers or, for c < 1, before
     them; "front", "post": it has full width, before or after them (so for c < 1 "interleaved" is "front"); "mlp": no
-    convolution, and strides become average pooling. Raises ValueError for other values.
-    """
+    convolution, and strides become average pooling. Raises ValueError for other values."""
 
     def __init__(self, inputs, width, compression=2.0, stride=1, activation="gelu", hybrid="interleaved", upscale=1,
                  **kwargs):
@@ -322,8 +320,7 @@ class LearnedMaps(keras.layers.Layer):
 
     def __init__(self, count, height, width, channels, **kwargs):
         super().__init__(**kwargs)
-        self.maps = self.add_weight(shape=(count, height, width, channels),
-                                    initializer=keras.initializers.RandomNormal(stddev=0.1))
+        self.maps = self.add_weight((count, height, width, channels), keras.initializers.RandomNormal(stddev=0.1))
         self.built = True
 
     def call(self, times, features=None):
@@ -348,13 +345,12 @@ def single_stage(size, frames, parameters, width, blocks, compression, activatio
 
     Blocks double the resolution. The features of a picture are `LearnedMaps` at three resolutions, with about half of
     the parameters: coarse ones hold what neighbours have in common. Further blocks keep the resolution, and a last
-    layer draws p² pixels for each position (p ≤ 2). In a video, each block has 0.8 times the width of the last, and
+    layer draws p² pixels for each position (p ≤ 2). In a video, each block has 0.8 times the width of the previous, and
     maps of its resolution with up to a tenth of the parameters, for 20 times (or each frame) if that leaves four
     channels or more, otherwise for fewer; with a single one, at high resolutions, they hold what all frames share.
     nerv: as NeRV (Chen et al., NeurIPS 2021), two dense layers compute the features from sines and cosines of the time;
-    the blocks are 3×3 convolution, GELU and `depth_to_space`, and a convolution is the last layer.
-    """
-    time = frames > 1
+    the blocks are 3×3 convolution, GELU and `depth_to_space`, and a convolution is the last layer."""
+    time, inputs, layers = frames > 1, 0, []
     # Of the first features. For a picture, 7/4 × 2 channels at each of them have half of the parameters.
     positions = min(80, parameters / 2500) if time else parameters / 7
     cell = 2 ** max(int(time), round(math.log2(math.prod(size) / positions) / 2))
@@ -364,9 +360,7 @@ def single_stage(size, frames, parameters, width, blocks, compression, activatio
         layers = [lambda times: sines_and_cosines(times[:, None] * (math.pi * 1.25 ** ops.arange(16, dtype="float32"))),
                   dense(32, 32, activation="gelu"), dense(32, math.prod(shape)),
                   lambda x: ops.reshape(x, (-1, *shape))]
-    elif time:
-        inputs, layers = 0, []
-    else:
+    elif not time:
         inputs, channels = width, max(1, round(parameters / 3.5 / math.prod(grid)))
         layers = [LearnedMaps(1, *[-(-side // scale) for side in grid], scale * channels, dtype="float32")
                   for scale in (1, 2, 4)] + [dense(7 * channels, width)]
@@ -390,13 +384,11 @@ def single_stage(size, frames, parameters, width, blocks, compression, activatio
 
 def coordinate_network(size, width, siren):
     """Layers of a network with four hidden layers: times -> coordinates (1, H, W, 2), the centres of H × W cells that
-    fill [-1, 1]² -> colours (1, H, W, 3). A SIREN (Sitzmann et al., NeurIPS 2020; omega 30), or an MLP with ReLU on
-    random Fourier features (Tancik et al., NeurIPS 2020)."""
-    def coordinates(times):
-        axes = [(ops.arange(side, dtype="float32") + 0.5) * (2 / side) - 1 for side in size]
-        return ops.stack(ops.meshgrid(*axes, indexing="ij"), axis=-1)[None]
-
-    layers, widths = [coordinates], [2 if siren else 256, *[width] * 4, 3]
+    fill [-1, 1]² -> colours (1, H, W, 3). A SIREN (Sitzmann et al., NeurIPS 2020; omega 30; biases start at 0), or an
+    MLP with ReLU on random Fourier features (Tancik et al., NeurIPS 2020)."""
+    axes = [(ops.arange(side, dtype="float32") + 0.5) * (2 / side) - 1 for side in size]
+    coordinates = ops.stack(ops.meshgrid(*axes, indexing="ij"), axis=-1)[None]
+    layers, widths = [lambda times: coordinates], [2 if siren else 256, *[width] * 4, 3]
     if not siren:
         layers.append(dense(2, 128, keras.initializers.RandomNormal(stddev=15.0), use_bias=False, trainable=False,
                             activation=sines_and_cosines))
@@ -433,12 +425,10 @@ class PictureFit(GroupTrained):
 
     network: "inrn", or, to compare it with, "siren" or "relu" for a picture and "nerv" for a video. size: (H, W).
     frames: their number in a video; with 1 all frames are copies of one picture, and a step computes only the first of
-    its batch. width: of the layers; 0: the largest with which there are at most `parameters`. The other
-    arguments are explained in `FIT_HYPERPARAMETERS`. Everything is computed in `float32`. Raises ValueError for invalid
-    arguments.
+    its batch. width: of the layers; 0: the largest with which there are at most `parameters`. The other arguments are
+    explained in `FIT_HYPERPARAMETERS`. Everything is computed in `float32`. Raises ValueError for invalid arguments.
 
-    Metrics: loss (equation 1); psnr, the mean over frames of 10 log10(4 / mse), in dB; ssim, the mean over frames.
-    """
+    Metrics: loss (equation 1); psnr, the mean over frames of 10 log10(4 / mse), in dB; ssim, the mean over frames."""
 
     def __init__(self, network="inrn", size=(256, 256), frames=1, parameters=40_000, width=0, blocks=3,
                  compression=2.0, activation="gelu", hybrid="interleaved", alpha=0.7, **kwargs):
@@ -500,9 +490,8 @@ class PictureFit(GroupTrained):
     def score(self, data, training):
         """Equation 1: the mean over frames of alpha L2 + (1 - alpha) (1 - SSIM), where L2 is the mean squared error.
         Pictures are clipped to [-1, 1] except in training."""
-        frames, times = (ops.cast(x, "float32") for x in keras.utils.unpack_x_y_sample_weight(data)[:2])
-        if self.frames == 1:  # copies of one picture
-            frames, times = frames[:1], times[:1]
+        shown = slice(1 if self.frames == 1 else None)  # of copies of one picture, the first
+        frames, times = (ops.cast(x[shown], "float32") for x in keras.utils.unpack_x_y_sample_weight(data)[:2])
         pictures = self(times) if training else ops.clip(self(times), -1, 1)
         if pictures.shape != frames.shape:
             raise ValueError(f"frames must be (N, {self.size[0]}, {self.size[1]}, 3); got {tuple(frames.shape)}")
@@ -531,8 +520,7 @@ class INRN(keras.Model):
 
     The arguments are explained in `HYPERPARAMETERS`. Without a teacher, compile and train it like any Keras model; with
     one, use a `Distiller`. `stage_outputs` returns the features for a detector or a segmentation network. Raises
-    ValueError for invalid arguments.
-    """
+    ValueError for invalid arguments."""
 
     __new__ = keras.Layer.__new__  # makes the arguments the config, as in `GroupTrained`
 
@@ -566,7 +554,7 @@ class INRN(keras.Model):
         return outputs
 
     def classify(self, stage4):
-        """Logits from the output of the last stage."""
+        """Output of the last stage (N, h, w, D4) -> logits (N, num_classes)."""
         return self.head(self.norm(ops.mean(stage4, axis=(1, 2))))
 
     def call(self, images):
@@ -615,8 +603,7 @@ def match_layers(teacher, student, image_shape, names=()):
 
     names: one layer per stage. Without names, a stage learns from the layer of its resolution that has its name, or
     from the last one of its resolution, if any. Raises ValueError if the teacher is not a graph of layers, takes other
-    images or has no such layers.
-    """
+    images or has no such layers."""
     if not getattr(teacher, "inputs", None):
         raise ValueError("the teacher must be a functional or sequential Keras model, whose layers have outputs")
     # Layers before the first one with weights only scale or repeat the image.
@@ -657,8 +644,7 @@ def feature_loss(alignment, outputs, features):
     total = 0.0
     for align, output, feature in zip(alignment, outputs, features):
         target = ops.layer_normalization(ops.cast(feature, "float32"), axis=(1, 2, 3), epsilon=1e-6)
-        aligned = ops.cast(align(output), "float32")
-        aligned = ops.image.resize(aligned, target.shape[1:3], data_format="channels_last")
+        aligned = ops.image.resize(ops.cast(align(output), "float32"), target.shape[1:3], data_format="channels_last")
         total = total + ops.mean(ops.square(aligned - target))
     return total
 
@@ -670,17 +656,16 @@ def top5_accuracy(labels, logits):
 
 
 class Distiller(GroupTrained):
-    """Trains a student: an INRN or, without a teacher, any Keras classifier. `save` saves the student alone.
+    """Trains a student: an INRN or, without a teacher, any Keras classifier that returns logits. `save` saves it alone.
 
     The loss is lambda_1 CE + lambda_2 `feature_loss` (equation 4) and, if logits_weight is above 0, the divergence from
     the teacher's probabilities at a temperature (Hinton et al., 2015).
 
     teacher: a functional or sequential Keras classifier for images of image_shape (H, W, C) in [-1, 1], which returns
-    logits or probabilities, or features if logits_weight is 0; it is frozen. None: the loss is the cross-entropy alone.
-    layers: see `match_layers`. Raises ValueError as `match_layers` does, and for a teacher of other classes or outputs.
+    logits or probabilities, or features if logits_weight is 0; it is frozen. None: the loss is lambda_1 CE. layers:
+    see `match_layers`. Raises ValueError as `match_layers` does, and for a teacher of other classes or outputs.
 
-    Metrics: loss; accuracy; top5_accuracy; with a teacher distillation, the part of the loss that comes from it.
-    """
+    Metrics: loss; accuracy; top5_accuracy; with a teacher distillation, the part of the loss that comes from it."""
 
     def __init__(self, student, teacher=None, image_shape=None, layers=(), task_weight=1.0, feature_weight=1.0,
                  logits_weight=0.0, temperature=4.0, **kwargs):
@@ -737,11 +722,9 @@ class Distiller(GroupTrained):
             logits, added = self.student(images, training=training), 0.0
         loss = self.task_weight * self.cross_entropy(labels, logits, sample_weight) + added
         with torch.no_grad():
-            total, accuracy, top5_accuracy, *distillation = self.trackers
-            for metric in (accuracy, top5_accuracy):
-                metric.update_state(labels, logits, sample_weight)
-            for metric, value in zip((total, *distillation), (loss, added)):
-                metric.update_state(value, sample_weight=len(labels))
+            count, classes = len(labels), (labels, logits, sample_weight)
+            for metric, values in zip(self.trackers, ((loss, count), classes, classes, (added, count))):
+                metric.update_state(*values)
         return loss
 
     def save(self, *arguments, **options):
@@ -816,9 +799,8 @@ class Detector(GroupTrained):
     ValueError for invalid arguments, and ImportError without torchvision, torchmetrics and pycocotools, which nothing
     else here needs.
 
-    Metrics: in training loss, its parts with torchvision's names and, with a teacher, distillation; otherwise
-    `AveragePrecision`.
-    """
+    Metrics: in training loss, its parts, named as by torchvision but without loss_, and, with a teacher, distillation;
+    otherwise `AveragePrecision`. A training step sets PyTorch's global seed, from `seed` and its number."""
 
     def __init__(self, num_classes=10, size=128, masks=False, backbone="inrn", pyramid_width=64, head_width=256,
                  anchor_size=16, proposals=100, samples=64, seed=0, name=None, dtype=None, **options):
@@ -835,25 +817,23 @@ class Detector(GroupTrained):
         else:
             if backbone not in ("resnet18", "resnet34", "resnet50", "resnet101"):
                 raise ValueError(f"backbone must be inrn, resnet18, resnet34, resnet50 or resnet101; it is {backbone}")
-            norm = functools.partial(torch.nn.GroupNorm, 32)
-            resnet = detection.backbone_utils.resnet.__dict__[backbone](norm_layer=norm)
+            utils, norm = detection.backbone_utils, functools.partial(torch.nn.GroupNorm, 32)
+            resnet = utils.resnet.__dict__[backbone](norm_layer=norm)
             widths, finest = [resnet.inplanes // 8 * 2**i for i in range(4)], 2
-            stages = {f"layer{i}": f"stage{i}" for i in range(1, 5)}
-            self.body = keras.layers.TorchModuleWrapper(
-                detection.backbone_utils.IntermediateLayerGetter(resnet, stages), dtype="float32")
+            stages = utils.IntermediateLayerGetter(resnet, {f"layer{i}": f"stage{i}" for i in range(1, 5)})
+            self.body = keras.layers.TorchModuleWrapper(stages, dtype="float32")
         pyramid = FeaturePyramidNetwork(widths, pyramid_width, feature_pyramid_network.LastLevelMaxPool())
         pyramid.out_channels = pyramid_width
-        sides, ratios = [(anchor_size * 2**i,) for i in range(5)], [(0.5, 1.0, 2.0)] * 5
-        outputs, width = num_classes + 1, pyramid_width  # class 0 is the background
-        heads = dict(box_head=detection.faster_rcnn.TwoMLPHead(49 * width, head_width),
+        sides, outputs = [(anchor_size * 2**i,) for i in range(5)], num_classes + 1  # class 0 is the background
+        heads = dict(box_head=detection.faster_rcnn.TwoMLPHead(49 * pyramid_width, head_width),
                      box_predictor=detection.faster_rcnn.FastRCNNPredictor(head_width, outputs))
         if masks:
-            heads |= dict(mask_head=detection.mask_rcnn.MaskRCNNHeads(width, [width] * 4, 1),
-                          mask_predictor=detection.mask_rcnn.MaskRCNNPredictor(width, width, outputs))
+            heads |= dict(mask_head=detection.mask_rcnn.MaskRCNNHeads(pyramid_width, [pyramid_width] * 4, 1),
+                          mask_predictor=detection.mask_rcnn.MaskRCNNPredictor(pyramid_width, pyramid_width, outputs))
         counts = {f"rpn_{when}_nms_top_n_{mode}": proposals for when in ("pre", "post") for mode in ("train", "test")}
         rcnn = (detection.MaskRCNN if masks else detection.FasterRCNN)(
-            pyramid, rpn_anchor_generator=detection.anchor_utils.AnchorGenerator(sides, ratios), min_size=size,
-            max_size=size, image_mean=[0.0] * 3, image_std=[1.0] * 3, rpn_batch_size_per_image=samples,
+            pyramid, rpn_anchor_generator=detection.anchor_utils.AnchorGenerator(sides, [(0.5, 1.0, 2.0)] * 5),
+            min_size=size, max_size=size, image_mean=[0.0] * 3, image_std=[1.0] * 3, rpn_batch_size_per_image=samples,
             box_batch_size_per_image=samples, **counts, **heads)
         # torchvision would derive the levels' scales from its first images, wrongly if they are flat.
         for pool in (rcnn.roi_heads.box_roi_pool, *([rcnn.roi_heads.mask_roi_pool] if masks else [])):
@@ -974,8 +954,7 @@ def build(options, dataset, steps_per_epoch):
             raise ValueError(f"cannot load the teacher {name} ({type(error).__name__}: {str(error)[:160]}): use train, "
                              "resnet56, none, resnet101 or a Keras classifier's .keras file") from error
     keras.utils.set_random_seed(options.seed)  # the same initial weights with every teacher
-    student = INRN(image_shape[-1], num_classes, options.widths, options.blocks, options.stem_stride,
-                   options.compression, options.activation, options.hybrid)
+    student = INRN(image_shape[-1], num_classes, **{name: getattr(options, name) for name in BACKBONE})
     distiller = Distiller(student, teacher, image_shape, [name for name in options.teacher_layers.split(",") if name],
                           options.task_weight, options.feature_weight, options.logits_weight, options.temperature)
     models.append(("", distiller, options.epochs))
@@ -1032,12 +1011,12 @@ def report_fits(models, frames, times, class_names, finer):
     return {}, {"fit": rows}
 
 
-def build_detector(options, dataset, steps_per_epoch, masks):
+def build_detector(options, dataset, steps_per_epoch):
     """The detector, as a list of one model."""
     if options.compile:
         raise ValueError("inrn has no separate INR to compile: leave out --compile")
     names = DETECTION.keys() - {"teacher", "feature_weight", "rate", "weight_decay", "batch_size", "epochs"}
-    model = Detector(len(dataset.class_names), dataset.image_shape[0], masks, seed=options.seed,
+    model = Detector(len(dataset.class_names), dataset.image_shape[0], options.task == "segment", seed=options.seed,
                      **{name: getattr(options, name) for name in names})
     if options.teacher != "none":
         model.learn_from(options.teacher, options.feature_weight)
@@ -1097,14 +1076,13 @@ FIT_ABLATIONS = {
     "architecture": [{"hybrid": name} for name in ("mlp", "front", "post", "interleaved")],             # Table 1
     "activation": [{"activation": name} for name in ("relu", "gelu")],
 }
+OBJECTS = types.SimpleNamespace(presets=DETECTION_PRESETS, hyperparameters=DETECTION_HYPERPARAMETERS,
+                                build=build_detector, report=report_detections, describe=describe_detections,
+                                ablations={"backbone": [{"backbone": name} for name in ("inrn", "resnet18")]})
 TASKS = {
     "classify": types.SimpleNamespace(presets=PRESETS, hyperparameters=HYPERPARAMETERS, build=build, report=report,
                                       ablations=ABLATIONS),
     "fit": types.SimpleNamespace(presets=FIT_PRESETS, hyperparameters=FIT_HYPERPARAMETERS, build=build_fits,
                                  report=report_fits, ablations=FIT_ABLATIONS),
-    **{task: types.SimpleNamespace(
-        presets=DETECTION_PRESETS, hyperparameters=DETECTION_HYPERPARAMETERS, report=report_detections,
-        build=functools.partial(build_detector, masks=task == "segment"), describe=describe_detections,
-        ablations={"backbone": [{"backbone": name} for name in ("inrn", "resnet18")]})
-       for task in ("detect", "segment")},
+    "detect": OBJECTS, "segment": OBJECTS,
 }

@@ -1371,6 +1371,10 @@ def test_frames_are_read_from_files_or_drawn(tmp_path):
     assert dataset.train[np.array([0, 1, 0])][1].tolist() == [-1, 1, -1]
     batches, _ = train.training_batches(train.parse(["--method", "inrn", "--task", "fit"])[0], dataset)
     assert np.bincount(batches.indices).tolist() == [100, 100]
+    for number, frame in ((10, picture), (2, 255 - picture)):
+        (tmp_path / "numbered").mkdir(exist_ok=True)
+        Image.fromarray(frame).save(tmp_path / "numbered" / f"{number}.png")
+    assert np.array_equal(frames_of(tmp_path / "numbered", 30), [255 - picture, picture])
     Image.fromarray(picture[:10, :, 0]).save(tmp_path / "grey.png")
     assert np.array_equal(frames_of(tmp_path / "grey.png", 30)[0], picture[:10, :, :1].repeat(3, -1))
     with pytest.raises(data.DataError, match="30×10"):
@@ -1913,6 +1917,22 @@ def test_signals_before_training(tmp_path, monkeypatch, capsys, number):
     assert capsys.readouterr().err == "train.py: interrupted\n" and not (tmp_path / "run").exists()
 
 
+def test_a_signal_in_the_last_validation(runs, tmp_path, monkeypatch):
+    folder, evaluate, calls = tmp_path / "run", train.evaluate_model, []
+    monkeypatch.setattr(train, "evaluate_model", lambda *arguments: (
+        calls.append(0) or len(calls) == 2 and signal.raise_signal(signal.SIGTERM)) or evaluate(*arguments))
+    assert run("mwt", folder) == 143 and len(calls) == 2 and not (folder / "results.json").exists()
+    assert train.main(["--resume", str(folder)]) == 0
+    assert_same_run(folder, runs / "mwt")
+
+
+def test_a_second_start_leaves_the_empty_folder_of_the_first(tmp_path, refused):
+    with train.locked(tmp_path / "run"):
+        assert "in use by another process" in refused(*RUNS["mwt"], "--run-dir", tmp_path / "run")
+        assert (tmp_path / "run").exists()
+    assert not (tmp_path / "run").exists()
+
+
 def flip_a_bit(checkpoint):
     """Changes one bit of the largest array; the file can still be read."""
     content = bytearray(checkpoint.read_bytes())
@@ -1926,7 +1946,7 @@ def flip_a_bit(checkpoint):
         lambda path: path.write_bytes(path.read_bytes()[:-1000]), lambda path: path.write_bytes(b""), flip_a_bit,
         pathlib.Path.unlink)],
     *[(lambda path, text=text: path.with_name("config.json").write_text(text), "", "config.json")
-      for text in ("{", "[]", '{"method": "nerf"}', '{"method": "mwt"}')],
+      for text in ("{", "[]", '{"method": "nerf"}', '{"method": "mwt", "image_shape": [28, 28, 1]}')],
     (lambda path: fcntl.flock(os.open(path.parent, os.O_RDONLY), fcntl.LOCK_EX), "", "in use by another process"),
     *[(str, arguments, hint) for arguments, hint in (
         ("--dim 32", "--dim 32 contradicts"), ("--seed 7", "says 0"), ("--method hyperinr", "says mwt"),

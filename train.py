@@ -64,7 +64,7 @@ with mock.patch.dict(sys.modules, tensorflow=None):
 
 METHODS = ("mwt", "hyperinr", "inrn")
 NOT_IN_CONFIG = {"resume", "evaluate", "predict", "benchmark", "ablate", "seeds", "run_dir", "memory"}
-PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+PROCESSES = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1  # set by torchrun
 RANK = int(os.environ["RANK"]) if PROCESSES > 1 else 0
 RESTARTS = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # of the same command, by torchrun
 
@@ -128,7 +128,8 @@ def parse(arguments):
         parser.add_argument("--" + name, choices=choices, default=config.get(name, default), help=f"default: {default}")
         return getattr(parser.parse_known_args(arguments)[0], name)
 
-    method = importlib.import_module(choose("method", METHODS, METHODS[0]))
+    with refusing("import the method", "unset KERAS_BACKEND"):
+        method = importlib.import_module(choose("method", METHODS, METHODS[0]))
     name = choose("task", method.TASKS, "classify")
     task, add = method.TASKS[name], parser.add_argument
     add("--dataset", default=data.BUILT_IN.get(name, "shapes"),
@@ -147,7 +148,7 @@ def parse(arguments):
         help="shift images at random, and mirror them unless they show characters; rotate and scale images of 128×128 "
              "and more; with crop: random resized crops instead; with objects: scale, crop and mirror")
     add("--memory", type=number(float, 0), default=1.0, help="GB of images that each split keeps (default: 1)")
-    add("--data-dir", type=os.path.abspath,
+    add("--data-dir", type=lambda text: text if "://" in text else os.path.abspath(os.path.expanduser(text)),
         help="folder of ModelNet, COCO or TFDS (for TFDS: $TFDS_DATA_DIR or ~/tensorflow_datasets)")
     add("--run-dir", type=pathlib.Path, help="output folder (default: runs/<method>-<task>-<dataset>-<preset>-<seed>)")
     add("--save-every", type=number(int, 1), default=500, help="steps between checkpoints in an epoch (default: 500)")
@@ -195,7 +196,7 @@ def read_config(folder):
     path = folder / "config.json"
     with refusing(f"read {path}", "use the folder that a run has printed, or restore the file from a backup"):
         config = {"axes": 2, **json.loads(path.read_text())}
-        if config["method"] not in METHODS or not isinstance(config["image_shape"], list):
+        if config["method"] not in METHODS or not {"task", "preset", "image_shape", "class_names"} <= config.keys():
             raise ValueError("not written by this program")
         return config
 
@@ -309,19 +310,19 @@ def signal_handler(handler):
 def locked(folder):
     """Creates the folder, unless it exists, and refuses it while another process uses it. Removes it if it is empty."""
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY) if fcntl and RANK == 0 else None
-    try:
-        if descriptor is not None:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        refuse(f"{folder} is in use by another process: wait until it ends, or use another --run-dir")
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
-        if RANK == 0:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+    with contextlib.ExitStack() as stack:
+        if fcntl and RANK == 0:
+            stack.callback(os.close, descriptor := os.open(folder, os.O_RDONLY))
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                refuse(f"{folder} is in use by another process: wait until it ends, or use another --run-dir")
+        try:
+            yield
+        finally:
+            if RANK == 0:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
 
 
 def write_atomically(path, write):
@@ -374,8 +375,7 @@ class Run:
                 variable.assign(variable.numpy() + np.uint32([RANK, 0]))
 
     def variables(self):
-        parts = (self.model, *self.model.optimizers, *self.model.metrics)
-        return [variable for part in parts for variable in part.variables]
+        return [v for part in (self.model, *self.model.optimizers, *self.model.metrics) for v in part.variables]
 
     def restore(self):
         with zipfile.ZipFile(self.checkpoint) as file:  # torch.load does not verify the checksums
@@ -414,6 +414,8 @@ class Run:
                 self.batches.begin(self.epoch + 1)
                 for batch in self.batches.ahead(self.step, to_tensors):
                     self.train_step(batch)
+        if self.signal:  # it arrived in the last validation
+            raise KeyboardInterrupt(self.signal)
 
     def apply(self, apply, gradients, variables):
         """Calls `apply` of an optimizer with the mean of the gradients of all processes. The first call in a training
@@ -753,7 +755,7 @@ def keep_freed_memory():
 
 
 def main(arguments=None):
-    options, task = parse(sys.argv[1:] if arguments is None else arguments)
+    options, task = parse(arguments)  # None: those of the command line
     if PROCESSES > 1:
         if options.predict or options.benchmark or options.ablate:
             refuse("--predict, --benchmark and --ablate use one process: start them without torchrun")
