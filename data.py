@@ -109,7 +109,7 @@ def load(name, data_dir=None, image_size=None, seed=0, points=None, squash=False
 
     data_dir: TFDS data folder; None: $TFDS_DATA_DIR, else ~/tensorflow_datasets. image_size: height and width in
     pixels, to which other images are scaled and center-cropped, or with squash scaled in each direction; None: the
-    dataset's own (28 for shapes). seed: for drawn ones. Images are read when they are used.
+    dataset's own (28 for shapes). seed: of shapes and solids. Images are read when they are used.
 
     Raises DataError for an unknown name, a dataset without one image and one label per example or without training and
     test splits, images of different sizes without image_size, and a failed download.
@@ -138,9 +138,9 @@ def load_frames(name, data_dir=None, image_size=None, seed=0, points=None, squas
                   shapes_video(image_size or 64, seed=seed))
         count, read = len(frames), frames.__getitem__
     else:
-        numbers = lambda file: [int(x) if x.isdigit() else x for x in re.split("([0-9]+)", file)]  # 2.png before 10.png
+        numbered = lambda file: re.sub("[0-9]+", lambda digits: digits[0].zfill(20), file)  # 2.png before 10.png
         paths = [name] if not os.path.isdir(name) else [
-            os.path.join(name, file) for file in sorted(glob.glob("*", root_dir=name), key=numbers)
+            os.path.join(name, file) for file in sorted(glob.glob("*", root_dir=name), key=numbered)
             if os.path.splitext(file)[1].lower() in Image.registered_extensions()]
         if not paths:
             raise DataError(f"{name} has no image files: use the folder that holds the frames of a video")
