@@ -39,10 +39,6 @@ import time
 import zipfile
 from unittest import mock
 
-if __name__ == "__main__" and sys.argv[:1] == sys.orig_argv[1:2] and sys.platform == "linux":  # as `python train.py`
-    if "GLIBC_TUNABLES" not in os.environ:  # huge pages, in which a step of mwt takes 0.8 of the time
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-        os.execv(sys.executable, [sys.executable, *sys.argv])
 os.environ.setdefault("KERAS_BACKEND", "torch")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler of --benchmark would print lines of its own
