@@ -279,10 +279,10 @@ class Block(keras.layers.Layer):
                                     for name in ("scale1", "scale2"))
 
     def call(self, x):
-        _, tokens, dim = x.shape
-        qkv = ops.reshape(self.qkv(self.norm1(x)), (-1, tokens, 3, self.heads, dim // self.heads))
-        attended = ops.dot_product_attention(*ops.unstack(qkv, axis=2))
-        x = x + self.scale1 * self.project(ops.reshape(attended, (-1, tokens, dim)))
+        query, key, value = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).transpose(1, 3).unbind(2)
+        attended = (ops.softmax(query / math.sqrt(query.shape[-1]) @ key.mT) @ value if x.device.type == "cpu" else
+                    torch.nn.functional.scaled_dot_product_attention(query, key, value))  # on CPUs this takes longer
+        x = x + self.scale1 * self.project(attended.transpose(1, 2).flatten(2))
         return x + self.scale2 * self.reduce(self.expand(self.norm2(x)))
 
 

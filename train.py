@@ -731,9 +731,7 @@ def benchmark(options, task):
         if event.name in shares and event.device_type.name == device.type.upper():  # on a GPU: what its kernels take
             shares[event.name] += event.time_range.elapsed_us()
     backward, optimizer = (1e3 * step_seconds * shares[name] / shares["step"] for name in ("backward", "optimizer"))
-    # FLOPs are counted without compilation and with unfused attention, which the counter supports on every device.
-    with (torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter,
-          torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)):
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         model.train_step(batch)
     side, gflop = 8192 if device.type == "cuda" else 2048, counter.get_total_flops() / 1e9
     matrix = torch.ones(side, side, dtype=getattr(torch, options.precision.removeprefix("mixed_")), device=device)
