@@ -1464,7 +1464,7 @@ def few_shapes():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(data.LOADERS, "classify", load)
         patch.setattr(data, "SCENES", (50, 9))
-        patch.setattr(train.Timer, "blocked_autorange", lambda timer, min_run_time: timer.timeit(2))  # of --benchmark
+        patch.setattr("torch.utils.benchmark.Timer.blocked_autorange", lambda timer, min_run_time: timer.timeit(2))
         yield
 
 

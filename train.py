@@ -47,7 +47,6 @@ import keras
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
@@ -705,6 +704,8 @@ def draw_curves(histories, path):
 
 def benchmark(options, task):
     """Times training steps of the main model on one batch; the last line printed is a JSON object."""
+    from torch.utils.benchmark import Timer  # here, because it imports setuptools
+
     def seconds(function):
         timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
         return timer.blocked_autorange(min_run_time=3).median  # synchronizes with a GPU
