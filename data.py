@@ -513,6 +513,8 @@ def _open(path, mode, longest=2**31, turn=True):
     Image.MAX_IMAGE_PIXELS = None  # no limit: the file is the user's own
     with explained(f"cannot read {path} as an image"), Image.open(path) as file:
         picture = ImageOps.exif_transpose(file) if turn else file
+        if picture.mode == "F" or picture.mode == "I" and np.max(picture) >= 2**16:
+            raise DataError(f"{path} has values of 32 bits: save it with 8 or 16")
         if picture.mode.startswith("I"):  # 16 bits; Pillow's own conversion clips them
             picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
         elif picture.has_transparency_data:
@@ -739,8 +741,8 @@ class Batches(keras.utils.PyDataset):
 
     indices: the examples to use; None: all. seed: shuffles them and drops the rest that does not fill a batch; order
     and augmentation depend only on (seed, epoch, index of the batch). None keeps the order and drops nothing.
-    augment: pads by 4 pixels (reflection) and crops at random; with `flip` also mirrors half of the images. Images of
-    128×128 and more: see `augment_large`; objects and surfaces: see `Objects.examples`, `solid_distances` and
+    augment: pads by 4 pixels (reflection) and crops at random; with `flip` also mirrors half of the images. "crop", and
+    images of 128×128 and more: see `augment_large`; objects and surfaces: see `Objects.examples`, `solid_distances` and
     `point_distances`. share: the part of each batch that this process gets.
     """
 

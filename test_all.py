@@ -1403,6 +1403,10 @@ def test_images_of_all_kinds_are_read(tmp_path, monkeypatch):
     for name in ("empty.png", "truncated.jpg", "missing.png"):
         with pytest.raises(data.DataError, match=f"cannot read .*{name}"):
             data.read_example("classify", "shapes", tmp_path / name, (28, 28, 1))
+    for name, kind in (("integers.tiff", np.int32), ("floats.tiff", np.float32)):
+        Image.fromarray(np.full((9, 9), 2**20, kind)).save(tmp_path / name)
+        with pytest.raises(data.DataError, match=f"{name} has values of 32 bits"):
+            data.read_example("classify", "shapes", tmp_path / name, (28, 28, 1))
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -1810,9 +1814,9 @@ def test_progress(tmp_path, monkeypatch, capsys, terminal):
     ("--method nerf", "mwt"), ("--preset huge", "paper-wide"), ("--precision int8", "mixed_bfloat16"),
     ("--dataset no_such_dataset", "shapes, mnist"), ("--dataset imagenette/9px", "imagenette/320px-v2"),
     ("--dataset lm1b", "not an image classification dataset"), ("--dataset mnist:9.9.9", "unknown dataset"),
-    ("--dataset imagenette/320px-v2", "--image-size 64"), ("--task fit", "classify"), ("--limit some", "from 1 up"),
+    ("--dataset imagenette/320px-v2", "--image-size 64"), ("--task fit", "classify"), ("--limit some", "an integer"),
     ("--limit 8", "--batch-size"), ("--inner-steps 0", "from 1 up"), ("--seed 4294967296", "2**32"),
-    ("--siren-rate nan", "from 0 up"), ("--validation-images 10000", "--limit"), ("--dim 100", "multiple of 64"),
+    ("--siren-rate nan", "a number"), ("--validation-images 10000", "--limit"), ("--dim 100", "multiple of 64"),
     ("--subsample 0", "subsample"), ("--warmup 2", "between 0 and 1"), ("--inner-steps-test 9", "shared_step_sizes"),
     ("--shared-step-sizes maybe", "maybe"), ("--teacher none", "--teacher"), ("--seeds 0", "from 1 up"),
     ("--beta-2 1", "below 1"),

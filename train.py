@@ -94,7 +94,8 @@ def number(kind, lowest):
         with contextlib.suppress(ValueError):
             if lowest <= kind(text) < 2**32:  # false for nan
                 return kind(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {kind.__name__} from {lowest} up (and below 2**32)")
+        name = "an integer" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {name} from {lowest} up (and below 2**32)")
     return convert
 
 
@@ -271,9 +272,9 @@ def evaluation_batches(options, dataset, split, indices=None):
 def add_metrics(model):
     """Adds the metrics of all processes in the first one, and resets the others. Returns those of the first one.
     Averages the moving statistics of batch normalization, which each process computes of its share."""
-    statistics = [(v, 1 / PROCESSES) for v in model.non_trainable_variables if v.dtype == "float32"]
+    moving = [(v, 1 / PROCESSES) for v in model.non_trainable_variables if v.dtype == "float32"]
     metrics = [(v, float(RANK == 0)) for metric in model.metrics for v in metric.variables]
-    for variable, factor in [*statistics, *metrics] if PROCESSES > 1 else ():
+    for variable, factor in [*moving, *metrics] if PROCESSES > 1 else ():
         torch.distributed.all_reduce(variable.value)
         variable.assign(variable.value * factor)
     return {name: float(value) for name, value in model.get_metrics_result().items()}
