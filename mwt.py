@@ -281,7 +281,7 @@ class Block(keras.layers.Layer):
     def call(self, x):
         query, key, value = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).transpose(1, 3).unbind(2)
         attended = (ops.softmax(query / math.sqrt(query.shape[-1]) @ key.mT) @ value if x.device.type == "cpu" else
-                    torch.nn.functional.scaled_dot_product_attention(query, key, value))  # on CPUs this takes longer
+                    torch.nn.functional.scaled_dot_product_attention(query, key, value))  # slower on CPUs
         x = x + self.scale1 * self.project(attended.transpose(1, 2).flatten(2))
         return x + self.scale2 * self.reduce(self.expand(self.norm2(x)))
 
