@@ -143,8 +143,9 @@ def plain_convolution(layer, x, stride=1):
 
 
 def double_backward_siren(model, samples):
-    """MWT's tokens and final errors by `torch.autograd.grad(create_graph=True)`, with tokens assembled one by one."""
-    siren, count = model.siren, samples[0][1].shape[0]
+    """MWT's tokens and the errors (K+1, N) before the first inner step and after each, by
+    `torch.autograd.grad(create_graph=True)`, with tokens assembled one by one."""
+    siren, count, of_steps = model.siren, samples[0][1].shape[0], []
     start = [tensor.value.expand(count, -1, -1) for tensor in siren.initial]
     weights, head = start, [tensor.value * siren.head_scale.value for tensor in siren.head]
 
@@ -155,13 +156,14 @@ def double_backward_siren(model, samples):
         return ((hidden @ head[0] + head[1] - pixels) ** 2).mean(dim=(1, 2))
 
     for step, sample in enumerate(samples[:-1]):
-        gradients = torch.autograd.grad(errors(weights, *sample).sum(), weights, create_graph=True)
+        of_steps.append(errors(weights, *sample))
+        gradients = torch.autograd.grad(of_steps[-1].sum(), weights, create_graph=True)
         weights = [tensor - rates.value[0 if siren.shared_step_sizes else step] * gradient
                    for tensor, rates, gradient in zip(weights, siren.step_sizes, gradients)]
     offsets = [after - before for after, before in zip(weights, start)]
     tokens = [torch.cat([offsets[layer][:, :, neuron], offsets[layer + 1][:, :, neuron]], dim=1)
               for layer in range(2, len(offsets), 2) for neuron in range(offsets[0].shape[2])]
-    return torch.stack(tokens, dim=1), errors(weights, *samples[-1])
+    return torch.stack(tokens, dim=1), torch.stack([*of_steps, errors(weights, *samples[-1])])
 
 
 def plain_transformer(classifier, tokens):
@@ -289,12 +291,12 @@ def test_loss_and_gradient_equal_double_backward(task_weight, subsample, shared,
         samples = [*zip(*(part.unbind(1) for part in images))]
     tokens, errors = double_backward_siren(model, samples)
     assert relative_error(model.siren(images, training=True)[0], tokens) < 1e-9
-    logits, residual, cross_entropy = model.losses(images, labels, training=True)
-    assert relative_error(residual.square().mean(dim=(1, 2)), errors) < 1e-9
+    logits, residuals, cross_entropy = model.losses(images, labels, training=True)
+    assert relative_error(residuals.square().mean(dim=(2, 3)), errors) < 1e-9
     expected_logits = plain_transformer(model.classifier, tokens)
     assert relative_error(logits, expected_logits) < 1e-6  # `keras.ops.matmul` rounds float64 to float32
     variables = [variable.value for variable in model.trainable_variables]
-    actual = torch.autograd.grad(residual.square().mean() + cross_entropy, variables)
+    actual = torch.autograd.grad(residuals.square().mean() + cross_entropy, variables)
     losses = errors.mean(), functional.cross_entropy(expected_logits, labels)
     of_mse, of_task = (torch.autograd.grad(loss, variables, retain_graph=True, materialize_grads=True)
                        for loss in losses)
@@ -359,7 +361,7 @@ def test_every_step_is_rendered_and_shared_step_sizes_allow_more_steps():
     for step in range(8):
         samples = [(torch.cartesian_prod(axis, axis), images.flatten(1, 2))] * (step + 1)
         tokens, expected = double_backward_siren(model, samples)
-        np.testing.assert_allclose(errors[:, step], expected.detach(), rtol=1e-4)
+        np.testing.assert_allclose(errors[:, step], expected[-1].detach(), rtol=1e-4)
     logits, errors = plain_transformer(model.classifier, tokens).detach(), errors.mean(axis=0)
     np.testing.assert_allclose(model.predict(images, verbose=0), logits, rtol=1e-4, atol=1e-6)
     metrics = model.evaluate(images, labels, verbose=0, return_dict=True)
@@ -389,11 +391,11 @@ def test_mwt_warms_up_in_at_least_200_steps_or_a_fifth():
         assert model.warmup == pytest.approx(warmup)
 
 
-@pytest.mark.parametrize("sequential", [False, True])
-def test_mwt_trains_like_pytorch(sequential, tmp_path):
+@pytest.mark.parametrize("sequential, every_step", [(False, True), (True, False)])
+def test_mwt_trains_like_pytorch(sequential, every_step, tmp_path):
     """Three clipped AdamW optimizers with one-cycle schedules. The gradients are small, so that epsilon matters."""
     images, labels = random_batch(count=4)
-    model = small_mwt(images, task_weight=0.5, sequential=sequential)
+    model = small_mwt(images, task_weight=0.5, sequential=sequential, every_step=every_step)
     rates, clip_norm = (1e-3, 1e-1, 1e-2), 1e-3
     model.compile(20, *rates, warmup=0.3, beta_2=0.9, weight_decay=0.1, clip_norm=clip_norm)
     copy = copy_of(model)
@@ -408,10 +410,11 @@ def test_mwt_trains_like_pytorch(sequential, tmp_path):
                  for optimizer, rate in zip(optimizers, rates)]
 
     def losses(step):
-        _, residual, cross_entropy = copy.losses(images, labels, training=True)
-        indices, loss = (0, 1, 2), residual.square().mean() + cross_entropy
+        _, residuals, cross_entropy = copy.losses(images, labels, training=True)
+        mse = (residuals[1:] if every_step else residuals[3]).square().mean()
+        indices, loss = (0, 1, 2), mse + cross_entropy
         if sequential:
-            indices, loss = ((0, 1), residual.square().mean()) if step < 10 else ((2,), cross_entropy)
+            indices, loss = ((0, 1), mse) if step < 10 else ((2,), cross_entropy)
         for index in indices:
             if optimizers[index].state:  # after its first step
                 schedules[index].step()
@@ -922,9 +925,9 @@ def test_presets_have_their_numbers_of_parameters(method, preset, changes, param
 
 def test_presets_hold_the_published_hyperparameters():
     paper = dict(dim=128, depth=4, omega=10.0, inner_steps=6, inner_steps_test=0, shared_step_sizes=False,
-                 subsample=1.0, blocks=10, mlp_ratio=1, token_scale=500.0, task_weight=0.01, sequential=False,
-                 siren_rate=1e-4, step_size_rate=1e-2, classifier_rate=1e-4, warmup=0.05, beta_2=0.999,
-                 weight_decay=1e-4, clip_norm=1.0, batch_size=16, epochs=10)
+                 subsample=1.0, blocks=10, mlp_ratio=1, token_scale=500.0, task_weight=0.01, every_step=False,
+                 sequential=False, siren_rate=1e-4, step_size_rate=1e-2, classifier_rate=1e-4, warmup=0.05,
+                 beta_2=0.999, weight_decay=1e-4, clip_norm=1.0, batch_size=16, epochs=10)
     variants = {"paper": {}, "paper-large": dict(dim=256), "paper-wide": dict(mlp_ratio=4),
                 "paper-separate": dict(task_weight=0.0),
                 "paper-sequential": dict(task_weight=0.0, sequential=True, epochs=20),
@@ -2208,11 +2211,12 @@ def test_a_run_on_solids_predicts_meshes(runs, tmp_path, capsys, monkeypatch, re
     folder = shutil.copytree(runs / "solids", tmp_path / "run")
     signal = data.load("solids", points=((3, 1.0), (3, 1.0))).test.examples(np.arange(100))[0]
     model, results = train.load_model(folder), results_of(folder)
-    residual = model.siren(signal)[1].detach()
+    residuals = model.siren(signal)[1].detach()
     assert [*results["mean absolute error"]] == ["step 0", "step 1", "step 2"] and "test_psnr" not in results
-    assert results["test_mse"] == pytest.approx(residual.square().mean().item(), rel=1e-4)
-    for found in (results["test_mae"], results["mean absolute error"]["step 2"]):
-        assert found == pytest.approx(residual.abs().mean().item(), rel=1e-4)
+    assert results["test_mse"] == pytest.approx(residuals[-1].square().mean().item(), rel=1e-4)
+    for step, found in enumerate(results["mean absolute error"].values()):
+        assert found == pytest.approx(residuals[step].abs().mean().item(), rel=1e-4)
+    assert found == pytest.approx(results["test_mae"], rel=1e-4)
     assert model.reconstruct(signal, size=(4, 5, 6)).shape == (100, 3, 4, 5, 6, 1)
     assert train.main(["--predict", str(folder), str(write_off(tmp_path / "cube.off")), str(HERE / "README.md")]) == 1
     output = capsys.readouterr()
