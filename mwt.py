@@ -61,10 +61,9 @@ HYPERPARAMETERS = {
     "epochs": (10, "the paper uses 10 for MNIST, Fashion-MNIST and CIFAR-10, 40 for Imagenette and ImageNet"),
 }
 PAPER = {name: value for name, (value, _) in HYPERPARAMETERS.items()}
-# Tuned on held-out training images of MNIST, for six minutes on two CPU cores.
 QUICK = {**PAPER, "dim": 64, "depth": 1, "inner_steps": 4, "subsample": 0.25, "blocks": 2, "task_weight": 0.3,
          "every_step": True, "siren_rate": 4e-3, "step_size_rate": 0.1, "classifier_rate": 1e-3, "batch_size": 32,
-         "epochs": 3}
+         "epochs": 3}  # tuned on held-out training images of MNIST, for six minutes on two CPU cores
 PRESETS = {
     "quick": QUICK,
     "quick-3d": {**QUICK, "inner_steps": 6, "blocks": 3, "task_weight": 0.02, "every_step": False, "siren_rate": 3e-3,
@@ -133,7 +132,7 @@ def error_gradients(weights, head, coords, pixels, points):
     """The residual (N, P, C), and for each tensor of `weights` the gradient (N, in, D) or (N, 1, D) of each image's
     squared error, summed over the given points and divided by `points`, the number of all points, and by C. Weights
     without an axis N are shared by all images; what depends only on them and on shared coords is computed once."""
-    kernels, inputs, slopes = weights[::2], [coords], []
+    kernels, inputs, slopes, gradients = weights[::2], [coords], [], []
     for kernel, bias in zip(kernels, weights[1::2]):
         hidden, slope = SinCos.apply(affine(inputs[-1], kernel, bias))
         inputs.append(hidden)
@@ -141,7 +140,6 @@ def error_gradients(weights, head, coords, pixels, points):
     residual = affine(inputs[-1], *head) - pixels                                  # (N, P, C)
 
     delta = (2 / (points * pixels.shape[-1]) * residual) @ head[0].mT              # (N, P, D) d error / d hidden
-    gradients = []
     for layer in reversed(range(len(kernels))):
         delta = delta * slopes[layer]                                              # (N, P, D) d error / d affine
         kernel_gradient = inputs[layer].mT @ delta                                 # (N, in, D)
@@ -322,9 +320,8 @@ def one_cycle(step, total_steps, warmup):
 class MWT(keras.Model):
     """Images (N, H, W, C), `float32` in [-1, 1] -> logits (N, num_classes).
 
-    Other signals are given by points: a pair of coords (N, K+1, P, axes) in [-1, 1] and values (N, K+1, P, C), with one
-    set of points for each inner step and one for the error after the last. For 3-D shapes, axes is 3, and the values
-    are distances from the surface.
+    Other signals are pairs of coords (N, K+1, P, axes) in [-1, 1] and values (N, K+1, P, C): points for each inner step
+    and for the error after the last. 3-D shapes have 3 axes; their values are the distances from the surface.
 
     `HYPERPARAMETERS` explains the arguments. H and W are arbitrary and may differ between training and use. `dtype` is
     the policy of the Transformer; the SIREN uses the type of its variables, because in bfloat16 the relative error of
