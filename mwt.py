@@ -327,9 +327,9 @@ class MWT(keras.Model):
     the policy of the Transformer; the SIREN uses the type of its variables, because in bfloat16 the relative error of
     the inner loop's gradients is tens of percent. Raises ValueError for invalid arguments.
 
-    Metrics: loss = mse + cross entropy; mse, the mean squared error of the reconstruction after the last inner step, on
-    the scale of [-1, 1]; psnr, the mean over images of 10 log10(4 / mse), in dB, or with other axes than 2: mae, the
-    mean absolute error; accuracy.
+    Metrics: loss = mse + cross entropy; mse, the mean squared error of the reconstruction after the last inner step
+    (also with every_step), on the scale of [-1, 1]; psnr, the mean over images of 10 log10(4 / mse), in dB, or with
+    other axes than 2: mae, the mean absolute error; accuracy.
     """
 
     def __init__(self, channels=1, num_classes=10, dim=128, depth=4, omega=10.0, inner_steps=6, inner_steps_test=0,
